@@ -1,0 +1,90 @@
+"""The control plane's own record of one accepted request, from acceptance to its end. One object, used by queue, dispatch,
+executor and manager; users see :class:`~control_plane.types.RequestMetadata` and ``RequestStatusInfo``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from control_plane.protocols import Call, Sink, WireRequest
+from control_plane.types import ExecutionInstance, RequestKind, RequestMetadata, RequestStatus, SchedulingDecision, Usage
+
+
+class LaneKey(NamedTuple):
+    """Requests that the same instances may serve wait in one lane."""
+
+    model: str
+    kind: RequestKind
+    pinned: str | None = None
+    avoid: frozenset[str] = frozenset()
+
+
+class Job:
+    """``*_s`` are monotonic seconds; 0.0 means the point was not reached."""
+
+    __slots__ = (
+        "arrival_s",
+        "attempts",
+        "call",
+        "decision",
+        "end_s",
+        "error",
+        "first_token_s",
+        "input_tokens",
+        "instance",
+        "key",
+        "lane",
+        "last_token_s",
+        "latest_start_s",
+        "output_tokens",
+        "phase",
+        "predicted_ms",
+        "queued",
+        "relegated",
+        "request",
+        "scheduled_s",
+        "seq",
+        "sink",
+        "state",
+        "usage",
+        "wire",
+    )
+
+    def __init__(self, request: RequestMetadata, lane: LaneKey, wire: WireRequest, sink: Sink, arrival_s: float) -> None:
+        self.request = request
+        self.lane = lane
+        self.wire = wire
+        self.sink = sink
+        self.arrival_s = arrival_s
+        self.scheduled_s = 0.0
+        self.first_token_s = 0.0
+        self.last_token_s = 0.0
+        self.end_s = 0.0
+        #: the policy's key, lower first; does not change while it waits
+        self.key = 0.0
+        #: order of acceptance; breaks ties, survives a retry
+        self.seq = 0
+        #: last moment at which starting still meets the deadline; +inf without one
+        self.latest_start_s = float("inf")
+        self.relegated = False
+        #: in a lane of the queue right now
+        self.queued = False
+        self.state = RequestStatus.PENDING
+        self.attempts = 0
+        self.input_tokens = 0
+        self.output_tokens = 0
+        self.predicted_ms = 0.0
+        self.phase: str | None = None
+        self.decision: SchedulingDecision | None = None
+        self.instance: ExecutionInstance | None = None
+        self.call: Call | None = None
+        self.usage: Usage | None = None
+        self.error: Exception | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def body_bytes(self) -> int:
+        return len(self.wire.body)

@@ -1,0 +1,124 @@
+"""The seams of the house: what decisions may look at, and how bytes flow from an engine to whoever waits for them.
+
+Decisions (policies, routers, PD routing, admission) get a :class:`FleetView` and return values; they do no I/O. Bytes flow through
+callbacks: an :class:`Engine` runs one leg of a plan and feeds a :class:`Sink`; the :class:`Call` it returns is the way back.
+All of it runs on one event loop, in one thread, so between view and decision nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+from control_plane.errors import ControlPlaneError
+from control_plane.types import ExecutionInstance, Leg, RequestMetadata, Usage
+
+#: header names are lower case; values as they came
+Headers = Sequence[tuple[bytes, bytes]]
+
+
+class WireRequest(NamedTuple):
+    """What is sent to an engine. ``body`` is held once, as the bytes that came.
+
+    ``headers`` are extra ones to pass on (authorization, content-type where it is not JSON, x-request-id). ``stream``: the answer
+    is an event stream. ``hide_usage``: the engine was asked for a closing usage event that the client did not ask for.
+    """
+
+    path: str
+    body: bytes
+    stream: bool = False
+    hide_usage: bool = False
+    method: str = "POST"
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+
+class EngineOutcome(NamedTuple):
+    """How one leg ended well. ``usage`` None: the engine told no token counts."""
+
+    usage: Usage | None = None
+
+
+class Call(Protocol):
+    """The way back to a running leg. All three may be called at any time and more than once."""
+
+    def pause(self) -> None:
+        """Stop reading from the engine (the client is slow)."""
+
+    def resume(self) -> None:
+        """Read on."""
+
+    def cancel(self) -> None:
+        """Drop the connection so that the engine stops working; the sink hears nothing more."""
+
+
+class Sink(Protocol):
+    """Where an answer goes. Order: ``started`` once, then ``chunk`` and ``tokens``, then ``finished`` or ``failed`` once.
+
+    ``failed`` may come first and alone. Chunks of a streamed answer are whole server-sent events; chunks of a unary one are the
+    body's bytes. ``tokens(n, first_s, last_s)``: n output tokens came between two monotonic times (an engine model reports many
+    steps at once). ``started`` is called only for a 2xx; any other status ends in ``failed(EngineError)``.
+    """
+
+    def started(self, status: int, headers: Headers, call: Call) -> None: ...
+    def chunk(self, data: bytes) -> None: ...
+    def tokens(self, n: int, first_s: float, last_s: float) -> None: ...
+    def finished(self, outcome: EngineOutcome) -> None: ...
+    def failed(self, error: ControlPlaneError) -> None: ...
+
+
+class Engine(Protocol):
+    """Runs legs on one instance: an HTTP server, or a model of one in the simulator's time."""
+
+    def start(self, leg: Leg, wire: WireRequest, sink: Sink, request: RequestMetadata) -> Call:
+        """Begin; never blocks, never raises: what goes wrong reaches ``sink.failed`` (maybe before this returns)."""
+
+    async def get(self, path: str, timeout_s: float) -> tuple[int, bytes]:
+        """One small unary GET (health, models, metrics) beside the traffic. Raises InstanceFailed."""
+
+    async def close(self) -> None: ...
+
+
+class PrefixMatches(Protocol):
+    def cached_tokens(self, request: RequestMetadata, instance: ExecutionInstance) -> int:
+        """Tokens of the prompt whose KV blocks that instance is believed to hold."""
+
+
+class Predictor(Protocol):
+    """Milliseconds and dollars, finite from the first call on (a roofline prior stands in until there are samples)."""
+
+    def input_tokens(self, request: RequestMetadata) -> int: ...
+    def output_tokens(self, request: RequestMetadata) -> int: ...
+    def prefill_ms(self, instance: ExecutionInstance, tokens: int) -> float:
+        """Own prefill of that many uncached tokens, on an idle instance."""
+
+    def tpot_ms(self, instance: ExecutionInstance) -> float:
+        """Milliseconds per further output token at its present batch."""
+
+    def wait_ms(self, instance: ExecutionInstance) -> float:
+        """What is in flight there ahead of a newcomer, until its first token could start."""
+
+    def service_ms(self, request: RequestMetadata, instance: ExecutionInstance) -> float:
+        """Prefill and decode of this request there, without waiting."""
+
+    def cost_usd(self, request: RequestMetadata, instance: ExecutionInstance) -> float: ...
+
+
+class FleetView(Protocol):
+    """All that a decision may look at."""
+
+    @property
+    def now_s(self) -> float: ...
+    @property
+    def predictor(self) -> Predictor: ...
+    @property
+    def prefixes(self) -> PrefixMatches: ...
+    def instances(self) -> Sequence[ExecutionInstance]:
+        """Every registered instance, usable or not."""
+
+    def get(self, instance_id: str) -> ExecutionInstance | None: ...
+
+
+class EventSink(Protocol):
+    """Hears what happens (``instance_unhealthy``, ``policy_switched``, ...): logs, metrics, the dashboard."""
+
+    def event(self, name: str, message: str, **fields: Any) -> None: ...
