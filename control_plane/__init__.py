@@ -1,1 +1,3 @@
-"""placeholder until the spine stands"""
+"""sageLLM Control Plane."""
+
+__version__ = "0.1.0"

@@ -172,6 +172,7 @@ class InstanceFailed(ControlPlaneError):
         instance_id: which one, when known.
         timed_out: it broke by a time limit (a hang, not a crash).
         sent: bytes of the answer had already come when it broke.
+        connected: False when no connection to it could be made, so that the request cannot have reached it.
         retryable: running it again, elsewhere, makes sense as far as the failure itself goes.
     """
 
@@ -185,6 +186,7 @@ class InstanceFailed(ControlPlaneError):
         instance_id: str | None = None,
         timed_out: bool = False,
         sent: bool = False,
+        connected: bool = True,
         retryable: bool = True,
         retry_after_s: float | None = None,
     ) -> None:
@@ -192,6 +194,7 @@ class InstanceFailed(ControlPlaneError):
         self.instance_id = instance_id
         self.timed_out = timed_out
         self.sent = sent
+        self.connected = connected
         self.retryable = retryable
 
 

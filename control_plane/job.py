@@ -46,6 +46,8 @@ class Job:
         "seq",
         "sink",
         "state",
+        "tried",
+        "unreached_since_s",
         "usage",
         "wire",
     )
@@ -70,7 +72,12 @@ class Job:
         #: in a lane of the queue right now
         self.queued = False
         self.state = RequestStatus.PENDING
+        #: how often it was sent to an engine that it reached
         self.attempts = 0
+        #: instances that it reached and that failed under it
+        self.tried: frozenset[str] = frozenset()
+        #: since when no engine could even be connected to; 0.0: not so
+        self.unreached_since_s = 0.0
         self.input_tokens = 0
         self.output_tokens = 0
         self.predicted_ms = 0.0

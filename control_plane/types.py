@@ -225,6 +225,8 @@ class RequestMetadata:
     input_tokens: int | None = None
     #: the first bytes of the prompt as they came, for prefix-aware placement; b"": taken from the text
     prompt_head: bytes = b""
+    #: size of the prompt where its text is not kept here (the gateway keeps only the body that came); None: measured from the text
+    prompt_size_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if type(self.priority) is not RequestPriority:
@@ -248,6 +250,8 @@ class RequestMetadata:
     @property
     def prompt_bytes(self) -> int:
         """Size of the prompt's text in UTF-8 bytes; a token id counts as four."""
+        if self.prompt_size_bytes is not None:
+            return self.prompt_size_bytes
         return sum(map(_text_bytes, (self.prompt, self.messages, self.input)))
 
     def head(self, limit_bytes: int = 4096) -> bytes:

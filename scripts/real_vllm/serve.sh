@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Start one real vLLM server on one CPU core, in the foreground. Up after 20 to 60 s; about 1.5 GB of memory.
+# Start one real vLLM server on one CPU core, in the foreground. Up after 20 to 60 s; about 3 GB of memory.
 #
 #   scripts/real_vllm/serve.sh NAME PORT CORE [vllm serve flags...]
 #
-# NAME is the model name it answers to. Stop it with SIGTERM. Install first: scripts/real_vllm/install.sh.
+# NAME is the model name it answers to. Stop it with SIGTERM; to kill it, kill its process group: the engine is a
+# process of its own and outlives the API server. Install first: scripts/real_vllm/install.sh.
 set -euo pipefail
 
 if (($# < 3)); then
-  sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+  sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
   exit 2
 fi
 name=$1 port=$2 core=$3

@@ -1,0 +1,210 @@
+"""The commands and their options; the work is done in the files beside this one.
+
+Exit status: 0 done, 1 the work failed, 2 wrong usage or configuration.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from control_plane.errors import ConfigurationError, ControlPlaneError, InvalidRequest
+
+app = typer.Typer(
+    name="control-plane",
+    help="The coordinating layer in front of a fleet of vLLM engines.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _checked(least: float, most: float) -> Callable[[float | None], float | None]:
+    """An option's callback that refuses what is out of bounds, saying what was given and what would be right."""
+
+    def check(value: float | None) -> float | None:
+        if value is not None and not least <= value <= most:
+            raise typer.BadParameter(f"{value:g} given; from {least:g} to {most:g} would be right")
+        return value
+
+    return check
+
+
+Url = Annotated[str, typer.Option("--url", help="The running gateway (its admin listener, where it has one).")]
+AdminKey = Annotated[
+    str | None, typer.Option("--admin-key", envvar="CONTROL_PLANE_SERVER__ADMIN_KEY", help="Its admin key, or file:/path.")
+]
+Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON to FILE; `-` is standard output, alone.")]
+Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML configuration; `control-plane schema` describes it.")]
+Policy = Annotated[str | None, typer.Option(help="Order of the queue: fifo, priority, slo_aware, ..., or module:Class.")]
+Router = Annotated[str | None, typer.Option(help="Choice of the instance: load_balanced, affinity, ..., or module:Class.")]
+DEFAULT_URL = "http://127.0.0.1:8080"
+
+
+def main() -> None:
+    """Entry point of the ``control-plane`` script."""
+    try:
+        app()
+    except (ConfigurationError, InvalidRequest) as error:
+        _fail(str(error), 2)
+    except (ControlPlaneError, OSError) as error:
+        _fail(str(error), 1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"control-plane: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"control-plane {version('sagellm-control-plane')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end.")] = False,
+) -> None:
+    pass
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    config: Config = None,
+    engine: Annotated[list[str] | None, typer.Option("--engine", metavar="URL", help="An engine to serve from; may repeat.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.  [default: 127.0.0.1]")] = None,
+    port: Annotated[int | None, typer.Option(help="0: any free one.  [default: 8080]")] = None,
+    admin_host: Annotated[str | None, typer.Option(help="Address of the admin listener.")] = None,
+    admin_port: Annotated[int | None, typer.Option(help="A listener of its own for the admin API.")] = None,
+    scheduling_policy: Policy = None,
+    routing_strategy: Router = None,
+    access_log: Annotated[bool | None, typer.Option("--access-log/--no-access-log", help="One line a request.  [default: on]")] = None,
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
+) -> None:
+    """The gateway: OpenAI's API in front of the engines.
+
+    Every other field of the configuration is a flag too: --queue-timeout-s 60, --health.probe-interval-s 1, --no-enable-monitoring.
+    """
+    from control_plane.cli.flags import overrides_from
+    from control_plane.config import load_config
+
+    server = {"host": host, "port": port, "admin_host": admin_host, "admin_port": admin_port, "access_log": access_log}
+    named = {"scheduling_policy": scheduling_policy, "routing_strategy": routing_strategy}
+    overrides = overrides_from(context.args)
+    overrides |= {name: value for name, value in named.items() if value is not None}
+    overrides["server"] = overrides.get("server", {}) | {name: value for name, value in server.items() if value is not None}
+    loaded = load_config(config, overrides)
+    from control_plane.cli.serve import run_serve  # after the check, so that a wrong configuration is told at once
+
+    raise typer.Exit(run_serve(loaded, engine or [], log_level))
+
+
+@app.command("sim-engine")
+def sim_engine(
+    port: Annotated[int, typer.Option(callback=_checked(0, 65_535), help="0: any free one.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="The model name it answers to; the profile's when left out.")] = None,
+    profile: Annotated[str, typer.Option(help="Which model on which GPU it imitates.")] = "h100-llama3-8b",
+    speed: Annotated[float, typer.Option(callback=_checked(0.001, 10_000), help="10 runs its clock ten times faster.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of its answers' text and lengths.")] = 0,
+) -> None:
+    """A simulated vLLM server: its paths, streams and metrics, in the time that the profile's hardware would take."""
+    from control_plane.sim_engine import run_sim_engine
+
+    run_sim_engine(host=host, port=port, model=model, profile=profile, speed=speed, seed=seed)
+
+
+@app.command()
+def demo(
+    duration_s: Annotated[float, typer.Option(callback=_checked(2, 3_600), help="How long the load runs.")] = 30.0,
+    seed: Annotated[int, typer.Option(help="Of the load.")] = 0,
+    keep: Annotated[bool, typer.Option("--keep", help="Go on serving afterwards, until Ctrl-C.")] = False,
+    port: Annotated[int, typer.Option(callback=_checked(0, 65_535), help="Of the gateway; 0: any free one.")] = 0,
+) -> None:
+    """The quick start: a gateway over three simulated engines, a mixed load, one engine killed on the way, and what came of it."""
+    from control_plane.demo import run_demo
+
+    raise typer.Exit(run_demo(duration_s=duration_s, seed=seed, keep=keep, port=port))
+
+
+@app.command()
+def check(
+    config: Annotated[Path, typer.Option("--config", metavar="FILE", help="The YAML configuration to check.")],
+    json_file: Json = None,
+) -> None:
+    """Validate a configuration and explain it, without starting anything."""
+    from control_plane.cli.check import explain_config
+    from control_plane.config import load_config, public_dict
+    from control_plane.terminal import write_json
+
+    loaded = load_config(config)
+    if json_file != "-":
+        explain_config(loaded, str(config))
+    if json_file is not None:
+        write_json(json_file, public_dict(loaded))
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of the configuration file."""
+    from control_plane.config import json_schema
+    from control_plane.terminal import write_json
+
+    write_json("-", json_schema())
+
+
+@app.command()
+def instances(url: Url = DEFAULT_URL, admin_key: AdminKey = None, json_file: Json = None) -> None:
+    """The instances of a running gateway and how they are."""
+    _operate("show_instances", url, admin_key, json_file=json_file)
+
+
+@app.command()
+def drain(instance_id: Annotated[str, typer.Argument(metavar="ID")], url: Url = DEFAULT_URL, admin_key: AdminKey = None) -> None:
+    """Give an instance no new work; what runs there ends."""
+    _operate("drain", url, admin_key, instance_id=instance_id)
+
+
+@app.command()
+def undrain(instance_id: Annotated[str, typer.Argument(metavar="ID")], url: Url = DEFAULT_URL, admin_key: AdminKey = None) -> None:
+    """Give a drained instance work again."""
+    _operate("undrain", url, admin_key, instance_id=instance_id)
+
+
+@app.command()
+def explain(
+    request_id: Annotated[str, typer.Argument()], url: Url = DEFAULT_URL, admin_key: AdminKey = None, json_file: Json = None
+) -> None:
+    """Why a request went where it went, and where its time went."""
+    _operate("explain", url, admin_key, request_id=request_id, json_file=json_file)
+
+
+@app.command()
+def top(
+    url: Url = DEFAULT_URL,
+    admin_key: AdminKey = None,
+    interval_s: Annotated[float, typer.Option(callback=_checked(0.5, 3_600), help="Seconds between looks.")] = 1.0,
+    count: Annotated[
+        int | None, typer.Option(callback=_checked(1, 1_000_000), help="End after so many looks; until Ctrl-C when left out.")
+    ] = None,
+) -> None:
+    """A running gateway at a glance, renewed until Ctrl-C."""
+    _operate("top", url, admin_key, interval_s=interval_s, count=count)
+
+
+def _operate(command: str, url: str, admin_key: str | None, **arguments: Any) -> None:
+    from control_plane.cli import operate
+
+    with closing(operate.AdminClient(url, admin_key)) as client:
+        getattr(operate, command)(client, **arguments)

@@ -1,0 +1,150 @@
+"""Server-sent events of an engine's answer, by byte search: whole events out, the usage event found and maybe hidden.
+
+JSON is parsed only where a count or an error is wanted, never per token. The searches are safe inside text: a quote in a JSON string
+is escaped, so ``"usage"`` in an answer's words reads ``\\"usage\\"`` on the wire.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from control_plane.types import Usage
+
+#: one event larger than this is not an event stream any more
+MAX_EVENT_BYTES = 16 * 1024 * 1024
+DONE = b"data: [DONE]"
+
+
+class _Details(msgspec.Struct):
+    cached_tokens: int | None = None
+
+
+class _RawUsage(msgspec.Struct):
+    """Usage in OpenAI's chat form, its responses form, and Anthropic's: whichever names are there."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    cache_read_input_tokens: int | None = None
+    prompt_tokens_details: _Details | None = None
+    input_tokens_details: _Details | None = None
+
+
+_decode_usage = msgspec.json.Decoder(_RawUsage).decode
+
+
+def find_usage(data: bytes) -> Usage | None:
+    """The last ``"usage": {...}`` member in the bytes of an event or a body, None when there is none that reads."""
+    at = data.rfind(b'"usage"')
+    while at >= 0:
+        start = at + 7
+        while data[start : start + 1] in (b" ", b":"):
+            start += 1
+        if data[start : start + 1] == b"{":
+            end = _closing_brace(data, start)
+            if end > 0:
+                return _read_usage(data[start:end])
+        at = data.rfind(b'"usage"', 0, at)
+    return None
+
+
+def _closing_brace(data: bytes, start: int) -> int:
+    """Index after the brace that closes the one at ``start``; usage objects hold no strings with braces. -1: cut off."""
+    depth = 0
+    for index in range(start, min(len(data), start + 4096)):
+        byte = data[index]
+        if byte == 0x7B:
+            depth += 1
+        elif byte == 0x7D:
+            depth -= 1
+            if not depth:
+                return index + 1
+    return -1
+
+
+def _read_usage(text: bytes) -> Usage | None:
+    try:
+        raw = _decode_usage(text)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+    details = raw.prompt_tokens_details or raw.input_tokens_details
+    cached = details.cached_tokens if details is not None else raw.cache_read_input_tokens
+    prompt = raw.prompt_tokens if raw.prompt_tokens is not None else raw.input_tokens
+    completion = raw.completion_tokens if raw.completion_tokens is not None else raw.output_tokens
+    return Usage(prompt or 0, completion or 0, cached, exact=True)
+
+
+class EventSplitter:
+    """Turns reads of any size into runs of whole events; at most one event is held back."""
+
+    __slots__ = ("_tail",)
+
+    def __init__(self) -> None:
+        self._tail = b""
+
+    def feed(self, data: bytes) -> bytes:
+        """The whole events that are complete now, b"" when none is. Raises ValueError when one event grows beyond its bound."""
+        if self._tail:
+            data = self._tail + data
+        elif data.endswith(b"\n\n"):
+            return data
+        cut = data.rfind(b"\n\n") + 2
+        if cut == 1:
+            crlf = data.rfind(b"\r\n\r\n")
+            cut = crlf + 4 if crlf >= 0 else 0
+        self._tail = data[cut:]
+        if len(self._tail) > MAX_EVENT_BYTES:
+            raise ValueError(f"one server-sent event is larger than {MAX_EVENT_BYTES} bytes")
+        return data[:cut]
+
+    @property
+    def tail(self) -> bytes:
+        """What came after the last whole event."""
+        return self._tail
+
+
+def count_tokens(events: bytes) -> int:
+    """Tokens in whole events, counted as data events (``usage`` corrects the sum at the end)."""
+    return events.count(b"data: {")
+
+
+def drop_usage_event(events: bytes) -> bytes:
+    """The events without the closing usage event, the one whose ``choices`` is empty."""
+    kept = [part for part in _split(events) if not _is_usage_event(part)]
+    return b"".join(kept)
+
+
+def _split(events: bytes) -> list[bytes]:
+    separator = b"\r\n\r\n" if b"\r\n\r\n" in events else b"\n\n"
+    return [part + separator for part in events.split(separator) if part]
+
+
+def _is_usage_event(event: bytes) -> bool:
+    return b'"usage"' in event and (b'"choices":[]' in event or b'"choices": []' in event)
+
+
+def was_aborted(data: bytes) -> bool:
+    """The engine gave the request up (vLLM on SIGTERM: a good status, but ``finish_reason`` is ``abort``)."""
+    if b'"abort"' not in data:
+        return False
+    return b'"finish_reason":"abort"' in data or b'"finish_reason": "abort"' in data
+
+
+def find_error(events: bytes) -> bytes | None:
+    """The JSON of an error that the engine put into its stream (``data: {"error": ...}``), None when there is none."""
+    at = events.find(b'data: {"error"')
+    if at < 0:
+        return None
+    end = events.find(b"\n", at)
+    return events[at + 6 : end if end >= 0 else len(events)].strip()
+
+
+def error_status(body: bytes) -> int:
+    """The HTTP status that an in-stream error stands for: its integer ``code``, else 500."""
+    try:
+        parsed = msgspec.json.decode(body)
+        code = parsed["error"]["code"]
+    except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return 500
+    return code if isinstance(code, int) and 400 <= code <= 599 else 500

@@ -1,0 +1,288 @@
+"""One engine behind OpenAI's HTTP API: starts legs on it, and turns what comes back into the calls of a Sink."""
+
+from __future__ import annotations
+
+import ssl
+
+from control_plane.clock import Clock
+from control_plane.engines import events
+from control_plane.engines.body import for_engine
+from control_plane.errors import EngineError, InstanceFailed
+from control_plane.protocols import Call, EngineOutcome, Headers, Sink, WireRequest
+from control_plane.transport import ClientCall, ClientLimits, HttpClient
+from control_plane.types import ExecutionInstance, Leg, RequestMetadata, Usage
+
+#: a unary answer up to this size is held until it is whole, so that an engine that dies in the middle can be replaced unseen
+UNARY_HOLD_BYTES = 1024 * 1024
+_JSON = (b"content-type", b"application/json")
+
+
+class OpenAICompatibleEngine:
+    """Implements :class:`~control_plane.protocols.Engine` over a pooled keep-alive client. Makes its client at first use, so
+    that it can be built without a running loop and used again on another one after :meth:`close`."""
+
+    def __init__(
+        self, instance: ExecutionInstance, clock: Clock, limits: ClientLimits | None = None, tls: ssl.SSLContext | None = None
+    ) -> None:
+        self.instance = instance
+        self._clock = clock
+        self._limits = limits or ClientLimits()
+        self._tls = tls
+        self._client: HttpClient | None = None
+        self._client_url = ""
+
+    @property
+    def client(self) -> HttpClient:
+        """The pooled client; a new one when the instance was given another address."""
+        url = self.instance.base_url
+        if self._client is None or self._client_url != url:
+            tls = self._tls
+            if tls is None and url.startswith("https:"):
+                tls = ssl.create_default_context()
+            self._client = HttpClient(url, limits=self._limits, ssl=tls)
+            self._client_url = url
+        return self._client
+
+    def start(self, leg: Leg, wire: WireRequest, sink: Sink, request: RequestMetadata) -> Call:
+        answer = EngineAnswer(self.instance.instance_id, wire, sink, self._clock)
+        body = for_engine(wire, request, self.instance)
+        answer.attach(self.client.send(wire.method, wire.path, self._headers(wire), body, answer))
+        return answer
+
+    async def get(self, path: str, timeout_s: float) -> tuple[int, bytes]:
+        status, _, body = await self.client.fetch("GET", path, headers=self._authorization(()), timeout_s=timeout_s)
+        return status, body
+
+    async def close(self) -> None:
+        client, self._client = self._client, None
+        if client is not None:
+            await client.close()
+
+    def _headers(self, wire: WireRequest) -> Headers:
+        if not wire.headers and self.instance.api_key is None:
+            return (_JSON,)
+        headers = self._authorization(wire.headers)
+        return headers if any(name == b"content-type" for name, _ in headers) else (_JSON, *headers)
+
+    def _authorization(self, headers: tuple[tuple[bytes, bytes], ...]) -> tuple[tuple[bytes, bytes], ...]:
+        """The instance's own key replaces whatever the client sent."""
+        key = self.instance.api_key
+        if key is None:
+            return headers
+        kept = tuple(header for header in headers if header[0] != b"authorization")
+        return (*kept, (b"authorization", b"Bearer " + key.encode()))
+
+
+class EngineAnswer:
+    """One leg's answer on its way from the engine's connection to a sink: a transport Receiver and a Call in one."""
+
+    __slots__ = (
+        "_body",
+        "_call",
+        "_clock",
+        "_ended",
+        "_event_bytes",
+        "_held",
+        "_instance_id",
+        "_saw_done",
+        "_sink",
+        "_splitter",
+        "_started",
+        "_usage_bytes",
+        "_wire",
+        "headers",
+        "status",
+    )
+
+    def __init__(self, instance_id: str, wire: WireRequest, sink: Sink, clock: Clock) -> None:
+        self._instance_id = instance_id
+        self._wire = wire
+        self._sink = sink
+        self._clock = clock
+        self._call: ClientCall | None = None
+        self._ended = False
+        self._started = False
+        self._splitter: events.EventSplitter | None = None
+        self._body: list[bytes] = []
+        self._held = 0
+        #: the last bytes in which usage was seen: parsed once, at the end
+        self._usage_bytes = b""
+        self._saw_done = False
+        self.status = 0
+        self.headers: Headers = ()
+
+    # ---- the way back
+
+    def attach(self, call: ClientCall) -> None:
+        self._call = call
+        if self._ended:
+            call.cancel()
+
+    def pause(self) -> None:
+        if self._call is not None:
+            self._call.pause()
+
+    def resume(self) -> None:
+        if self._call is not None:
+            self._call.resume()
+
+    def cancel(self) -> None:
+        self._ended = True
+        if self._call is not None:
+            self._call.cancel()
+
+    # ---- what the engine's connection says
+
+    def on_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.status = status
+        self.headers = headers
+        # the head is held until the first event: an engine that dies in between can still be replaced unseen
+        if 200 <= status < 300 and _content_type(headers).startswith(b"text/event-stream"):
+            self._splitter = events.EventSplitter()
+
+    def on_body(self, data: bytes) -> None:
+        if self._ended:
+            return
+        if self._splitter is not None:
+            try:
+                whole = self._splitter.feed(data)
+            except ValueError as error:
+                self._give_up(str(error))
+                return
+            if whole:
+                self._on_events(whole)
+        elif self._started:
+            self._usage_bytes = data
+            self._sink.chunk(data)
+        else:
+            self._hold(data)
+
+    def on_complete(self) -> None:
+        if self._ended:
+            return
+        if self._splitter is not None:
+            self._end_stream(self._splitter)
+        elif self._started:
+            self._finish(events.find_usage(self._usage_bytes[-4096:]))
+        elif 200 <= self.status < 300:
+            body = b"".join(self._body)
+            if events.was_aborted(body):
+                self._give_up("the engine aborted the request (it is shutting down)")
+                return
+            self._sink.started(self.status, self.headers, self)
+            if not self._ended:
+                self._sink.chunk(body)
+                self._finish(events.find_usage(body))
+        else:
+            self._fail(self._engine_error(b"".join(self._body)))
+
+    def on_error(self, error: InstanceFailed) -> None:
+        if not self._ended:
+            error.instance_id = self._instance_id
+            self._fail(error)
+
+    # ---- streams
+
+    def _on_events(self, whole: bytes) -> None:
+        if b'"usage"' in whole:
+            self._usage_bytes = whole
+            if self._wire.hide_usage:
+                whole = events.drop_usage_event(whole)
+        if b'data: {"error"' in whole and (body := events.find_error(whole)) is not None:
+            self._cut_by_error(whole, body)
+            return
+        if events.DONE in whole:
+            self._saw_done = True
+        if events.was_aborted(whole):
+            self._give_up("the engine aborted the request (it is shutting down)")
+            return
+        if not whole:
+            return
+        if not self._started:
+            self._begin()
+            if self._ended:
+                return
+        now_s = self._clock.now_s()
+        self._sink.tokens(events.count_tokens(whole), now_s, now_s)
+        self._sink.chunk(whole)
+
+    def _begin(self) -> None:
+        self._started = True
+        self._sink.started(self.status, self.headers, self)
+
+    def _cut_by_error(self, whole: bytes, body: bytes) -> None:
+        """The engine reported a failure inside its stream: what came before it goes out, then the error in our hands."""
+        before = whole[: whole.find(b'data: {"error"')]
+        if before and self._started:
+            self._sink.chunk(before)
+        error = self._engine_error(body, status=events.error_status(body))
+        error.sent = self._started
+        self._fail(error)
+        if self._call is not None:
+            self._call.cancel()
+
+    def _end_stream(self, splitter: events.EventSplitter) -> None:
+        if splitter.tail.strip():
+            self._on_events(splitter.tail + b"\n\n")
+            if self._ended:
+                return
+        if not self._saw_done and self._wire.path.endswith("/completions"):
+            self._give_up("the engine ended its stream early, without [DONE]")
+            return
+        if not self._started:
+            self._begin()
+        self._finish(events.find_usage(self._usage_bytes))
+
+    # ---- unary answers
+
+    def _hold(self, data: bytes) -> None:
+        self._body.append(data)
+        self._held += len(data)
+        if self._held <= UNARY_HOLD_BYTES:
+            return
+        if not 200 <= self.status < 300:
+            self._fail(self._engine_error(b"".join(self._body)[:UNARY_HOLD_BYTES]))
+            if self._call is not None:
+                self._call.cancel()
+            return
+        held, self._body = b"".join(self._body), []
+        self._begin()
+        if not self._ended:
+            self._sink.chunk(held)
+
+    # ---- ends
+
+    def _finish(self, usage: Usage | None) -> None:
+        if not self._ended:
+            self._ended = True
+            self._sink.finished(EngineOutcome(usage))
+
+    def _give_up(self, message: str) -> None:
+        self._fail(InstanceFailed(message, instance_id=self._instance_id, sent=self._started))
+
+    def _fail(self, error: InstanceFailed) -> None:
+        self._ended = True
+        self._sink.failed(error)
+
+    def _engine_error(self, body: bytes, status: int | None = None) -> EngineError:
+        return EngineError(
+            status or self.status,
+            body,
+            instance_id=self._instance_id,
+            content_type=_content_type(self.headers) if status is None else b"application/json",
+            retry_after_s=_retry_after_s(self.headers),
+        )
+
+
+def _content_type(headers: Headers) -> bytes:
+    for name, value in headers:
+        if name == b"content-type":
+            return value
+    return b"application/json"
+
+
+def _retry_after_s(headers: Headers) -> float | None:
+    for name, value in headers:
+        if name == b"retry-after" and value.isdigit():
+            return float(value)
+    return None

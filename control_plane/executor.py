@@ -1,0 +1,301 @@
+"""Runs decisions: starts legs on engines, keeps the instances' books while they run, and reports how each attempt ended.
+
+Retrying is not decided here: a failed attempt goes back to whoever started it (the manager), which may queue the request again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from random import Random
+from types import MappingProxyType
+from typing import Any, Protocol
+
+from control_plane.admission import kind_of, validate_request
+from control_plane.clock import Clock, SystemClock
+from control_plane.engines import AnswerSink, OpenAICompatibleEngine, build_wire
+from control_plane.errors import ControlPlaneError, InstanceFailed, InstanceNotFound
+from control_plane.fleet import Fleet, HealthSettings, parse_models
+from control_plane.job import Job
+from control_plane.prediction import LatencyPredictor
+from control_plane.protocols import Call, Engine, EngineOutcome, EventSink, Headers, Predictor
+from control_plane.transport import ClientLimits, HttpClient
+from control_plane.types import (
+    ExecutionInstance,
+    ExecutionInstanceType,
+    Leg,
+    RequestMetadata,
+    RequestStatus,
+    SchedulingDecision,
+)
+
+EngineFactory = Callable[[ExecutionInstance], Engine]
+
+
+class AttemptListener(Protocol):
+    """Who started an attempt and hears its end, once."""
+
+    def attempt_finished(self, attempt: Attempt, outcome: EngineOutcome) -> None: ...
+    def attempt_failed(self, attempt: Attempt, error: ControlPlaneError) -> None: ...
+
+
+class Attempt:
+    """One try of a request on one instance: a Sink between the engine and the caller's sink that counts and keeps the books."""
+
+    __slots__ = ("_executor", "_listener", "_settled", "backlog_ms", "batch", "call", "chunk", "instance", "job", "sent", "started_s")
+
+    def __init__(self, job: Job, instance: ExecutionInstance, executor: ExecutionCoordinator, listener: AttemptListener) -> None:
+        self.job = job
+        self.instance = instance
+        self._executor = executor
+        self._listener = listener
+        self._settled = False
+        self.call: Call | None = None
+        self.started_s = executor.clock.now_s()
+        #: predicted work there when this one came, and the requests in flight there with it
+        self.backlog_ms = instance.outstanding_ms
+        self.batch = float(instance.active_requests + 1)
+        #: something has reached the caller's sink: from here on the request cannot be tried elsewhere
+        self.sent = False
+        #: bytes go from the engine to the caller's sink without a frame of ours in between
+        self.chunk: Callable[[bytes], None] = job.sink.chunk
+        executor.opened(self)
+
+    def started(self, status: int, headers: Headers, call: Call) -> None:
+        self.sent = True
+        self.call = call
+        job = self.job
+        job.state = RequestStatus.RUNNING
+        job.sink.started(status, headers, call)
+
+    def tokens(self, n: int, first_s: float, last_s: float) -> None:
+        job = self.job
+        if not job.first_token_s:
+            job.first_token_s = first_s
+        job.last_token_s = last_s
+        job.output_tokens += n
+        job.sink.tokens(n, first_s, last_s)
+
+    def finished(self, outcome: EngineOutcome) -> None:
+        if self._settle():
+            self._executor.count(failed=False)
+            self._listener.attempt_finished(self, outcome)
+
+    def failed(self, error: ControlPlaneError) -> None:
+        if self._settle():
+            self._executor.count(failed=True)
+            self._listener.attempt_failed(self, error)
+
+    def cancel(self) -> None:
+        """Stop the engine's work; the listener hears nothing."""
+        if self._settle() and self.call is not None:
+            self.call.cancel()
+
+    @property
+    def settled(self) -> bool:
+        return self._settled
+
+    def _settle(self) -> bool:
+        if self._settled:
+            return False
+        self._settled = True
+        self._executor.closed(self)
+        return True
+
+
+class ExecutionCoordinator:
+    """The instances, and requests running on them. Stands alone with the seed's calls, or serves a manager.
+
+    Args:
+        clock: where time comes from.
+        limits: time limits and pool bounds of the connections to engines.
+        engine_factory: makes the Engine of an instance; the default speaks OpenAI's HTTP API.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Clock | None = None,
+        limits: ClientLimits | None = None,
+        engine_factory: EngineFactory | None = None,
+        predictor: Predictor | None = None,
+        events: EventSink | None = None,
+        health: HealthSettings | None = None,
+        enable_monitoring: bool = True,
+        rng: Random | None = None,
+    ) -> None:
+        self.clock = clock or SystemClock()
+        self._limits = limits or ClientLimits()
+        self._make_engine = engine_factory or self._http_engine
+        self.fleet = Fleet(
+            clock=self.clock,
+            predictor=predictor or LatencyPredictor(),
+            events=events,
+            engine_factory=self._make_engine,
+            settings=replace(health or HealthSettings(), monitoring=enable_monitoring),
+            rng=rng,
+        )
+        self._loose: dict[str, Engine] = {}
+        self._running: dict[str, RequestMetadata] = {}
+        self._ended_requests = 0
+        self._failed_requests = 0
+
+    def _http_engine(self, instance: ExecutionInstance) -> Engine:
+        return OpenAICompatibleEngine(instance, self.clock, self._limits)
+
+    # ---- instances, by the seed's names
+
+    @property
+    def instances(self) -> Mapping[str, ExecutionInstance]:
+        return {instance.instance_id: instance for instance in self.fleet.instances()}
+
+    @property
+    def active_requests(self) -> Mapping[str, RequestMetadata]:
+        """Requests running on an engine now, by id (live, read only)."""
+        return MappingProxyType(self._running)
+
+    @property
+    def http_clients(self) -> dict[str, HttpClient]:
+        """The pooled HTTP clients that are open, by instance id."""
+        engines = ((instance.instance_id, self.fleet.engine(instance.instance_id)) for instance in self.fleet.instances())
+        return {name: engine.client for name, engine in engines if isinstance(engine, OpenAICompatibleEngine)}
+
+    def register_instance(self, instance: ExecutionInstance) -> None:
+        """Add it. Raises InvalidRequest when another of that id is registered."""
+        self.fleet.add(instance)
+
+    def unregister_instance(self, instance_id: str) -> None:
+        """Take it out; what runs there runs on. Raises InstanceNotFound."""
+        self.fleet.remove(instance_id)
+
+    def get_instance(self, instance_id: str) -> ExecutionInstance | None:
+        return self.fleet.get(instance_id)
+
+    def get_all_instances(self) -> list[ExecutionInstance]:
+        return list(self.fleet.instances())
+
+    def get_available_instances(self) -> list[ExecutionInstance]:
+        """Healthy and with room."""
+        return [instance for instance in self.fleet.instances() if instance.can_accept_request]
+
+    def get_healthy_instances(self) -> list[ExecutionInstance]:
+        return [instance for instance in self.fleet.instances() if instance.health_status == "healthy"]
+
+    def get_metrics(self) -> dict[str, Any]:
+        """Counts of this executor: instances, running, ended and failed attempts."""
+        instances = self.fleet.instances()
+        return {
+            "total_instances": len(instances),
+            "healthy_instances": len(self.get_healthy_instances()),
+            "available_instances": len(self.get_available_instances()),
+            "active_requests": len(self._running),
+            "completed_requests": self._ended_requests,
+            "failed_requests": self._failed_requests,
+        }
+
+    async def get_instance_info(self, instance: ExecutionInstance) -> dict[str, Any]:
+        """What its server tells of itself: reachable or not, its models, and the state kept of it here."""
+        engine = self._engine_of(instance)
+        info: dict[str, Any] = {"instance_id": instance.instance_id, "url": instance.base_url, "health_status": str(instance.health_status)}
+        try:
+            status, body = await engine.get("/v1/models", 5.0)
+        except InstanceFailed as error:
+            return {**info, "reachable": False, "error": str(error)}
+        models = [card.name for card in parse_models(body)] if status == 200 else []
+        return {**info, "reachable": status == 200, "models": models}
+
+    async def health_check(self, instance: str | ExecutionInstance) -> bool:
+        """Ask its server now. Sets ``health_status`` when it is registered. Raises InstanceNotFound for an unknown id."""
+        found = self.fleet.get(instance) if isinstance(instance, str) else instance
+        if found is None:
+            raise InstanceNotFound(f"no instance {instance!r} is registered")
+        return await self.fleet.check(found, self._engine_of(found))
+
+    # ---- running
+
+    def start(self, job: Job, decision: SchedulingDecision, listener: AttemptListener) -> Attempt:
+        """Run ``job`` where ``decision`` says. Never raises: a failure comes to ``listener.attempt_failed``, maybe at once."""
+        leg = decision.plan.answering
+        instance = self.fleet.get(leg.instance_id)
+        if instance is None:
+            raise InstanceNotFound(f"no instance {leg.instance_id!r} is registered")
+        attempt = Attempt(job, instance, self, listener)
+        job.instance = instance
+        call = self.fleet.engine(leg.instance_id).start(leg, job.wire, attempt, job.request)
+        if attempt.call is None:
+            attempt.call = call
+        return attempt
+
+    def opened(self, attempt: Attempt) -> None:
+        """An attempt takes its place on its instance."""
+        job = attempt.job
+        self._running[job.request_id] = job.request
+        self.fleet.placed(attempt.instance, job.predicted_ms, job.phase)
+
+    def closed(self, attempt: Attempt) -> None:
+        """An attempt leaves its instance, however it ended."""
+        job = attempt.job
+        self._running.pop(job.request_id, None)
+        self.fleet.released(attempt.instance, job.predicted_ms, job.phase)
+
+    def count(self, *, failed: bool) -> None:
+        if failed:
+            self._failed_requests += 1
+        else:
+            self._ended_requests += 1
+
+    async def execute_request(self, request: RequestMetadata, instance: ExecutionInstance, decision: SchedulingDecision) -> dict[str, Any]:
+        """Run one request on one instance and return the engine's JSON, whatever the manager knows of its id.
+
+        Raises:
+            InvalidRequest: a field is wrong; names it.
+            EngineError: the engine answered with an error (its status and body).
+            InstanceFailed: it could not be reached, broke off, or did not answer in time.
+        """
+        validate_request(request)
+        kind = kind_of(request)
+        model = request.model_name or instance.model_name
+        wire = build_wire(request, kind, model)
+        done = asyncio.get_running_loop().create_future()
+        sink = AnswerSink(lambda ended: None if done.done() else done.set_result(ended))
+        leg = Leg(instance.instance_id, ExecutionInstanceType.GENERAL)
+        registered = self.fleet.get(instance.instance_id) is instance
+        if registered:
+            self.fleet.placed(instance, decision.estimated_latency_ms, None)
+        key = f"{request.request_id}:direct-{id(sink):x}"  # the manager may be running one of that id
+        self._running[key] = request
+        call = self._engine_of(instance).start(leg, wire, sink, request)
+        try:
+            await done
+        finally:
+            call.cancel()
+            self._running.pop(key, None)
+            if registered:
+                self.fleet.released(instance, decision.estimated_latency_ms, None)
+        self.count(failed=sink.error is not None)
+        if sink.error is not None:
+            raise sink.error
+        assert sink.response is not None
+        return sink.response
+
+    def _engine_of(self, instance: ExecutionInstance) -> Engine:
+        if self.fleet.get(instance.instance_id) is instance:
+            return self.fleet.engine(instance.instance_id)
+        engine = self._loose.get(instance.instance_id)
+        if engine is None:
+            engine = self._loose[instance.instance_id] = self._make_engine(instance)
+        return engine
+
+    # ---- life
+
+    async def initialize(self) -> None:
+        """Begin probing the instances. May repeat."""
+        self.fleet.start()
+
+    async def cleanup(self) -> None:
+        """End probing and close every connection. May repeat; ``initialize`` works again afterwards."""
+        await self.fleet.stop()
+        loose, self._loose = self._loose, {}
+        for engine in loose.values():
+            await engine.close()

@@ -1,0 +1,124 @@
+"""What the fleet keeps of one instance beside the live record that everybody sees."""
+
+from __future__ import annotations
+
+import asyncio
+from enum import StrEnum
+
+from control_plane.fleet.concurrency import ConcurrencyLearner
+from control_plane.fleet.outliers import Outliers
+from control_plane.fleet.settings import HealthSettings
+from control_plane.protocols import Engine
+from control_plane.types import ExecutionInstance
+
+
+class Cause(StrEnum):
+    """Why we took an instance out. What its owner set has no cause here."""
+
+    UNREACHABLE = "unreachable"
+    HUNG = "hung"
+    SICK = "sick"
+    ERRORS = "errors"
+    TIMEOUTS = "timeouts"
+    WARMUP = "warmup"
+
+
+#: ended by time and a trial, not by the next good probe
+EJECTIONS = frozenset({Cause.ERRORS, Cause.TIMEOUTS})
+#: those that may still answer: candidates when a model has nothing better. One that refuses connections, says itself that it
+#: cannot serve, or failed its warm-up is none: a request sent there fails at once, while one that waits may see it come back.
+LAST_RESORT = frozenset({Cause.HUNG, Cause.ERRORS, Cause.TIMEOUTS})
+
+
+class Record:
+    """One instance's engine, its health history and what was learned from its server. ``*_s`` are monotonic seconds."""
+
+    __slots__ = (
+        "announced",
+        "cause",
+        "contacted",
+        "counters",
+        "ejected_until_s",
+        "ejections",
+        "engine",
+        "instance",
+        "kinds_learned",
+        "last_success_s",
+        "learned_model",
+        "learner",
+        "metrics_missing",
+        "misses",
+        "models_seen_s",
+        "need_warmup",
+        "outliers",
+        "pause_s",
+        "probing",
+        "said",
+        "scraped_s",
+        "serves_model",
+        "started_at",
+        "task",
+        "trial",
+        "trial_placed",
+        "wake",
+        "was_usable",
+    )
+
+    def __init__(self, instance: ExecutionInstance, settings: HealthSettings) -> None:
+        self.instance = instance
+        self.engine: Engine | None = None
+        self.task: asyncio.Task[None] | None = None
+        self.wake: asyncio.Event | None = None
+        #: one probe at a time; made anew with each watching task, since it belongs to that task's loop
+        self.probing = asyncio.Lock()
+        #: why it is out, None when it is not, or not by us
+        self.cause: Cause | None = None
+        #: its server has answered since we know it, or since it restarted
+        self.contacted = False
+        #: that it is up has been said
+        self.announced = False
+        self.misses = 0
+        self.pause_s = settings.down_interval_s
+        self.models_seen_s = float("-inf")
+        self.scraped_s = float("-inf")
+        self.metrics_missing = False
+        #: its server lists the instance's model; believed until it does not
+        self.serves_model = True
+        self.last_success_s = float("-inf")
+        #: the model's name when it came from the server; None when the owner gave it
+        self.learned_model: str | None = None
+        self.kinds_learned = False
+        self.need_warmup = instance.warmup
+        self.outliers = Outliers(settings)
+        self.learner = ConcurrencyLearner()
+        self.ejections = 0
+        self.ejected_until_s = 0.0
+        #: back from an ejection and not proven yet; how many requests it was given for that
+        self.trial = False
+        self.trial_placed = 0
+        #: the server's own start time (its Unix seconds) and counters at the last scrape: a restart shows in them
+        self.started_at: float | None = None
+        self.counters: tuple[float, ...] = ()
+        #: what has been said once and need not be said again before a restart
+        self.said: set[str] = set()
+        self.was_usable = False
+
+    def forget_server(self) -> None:
+        """The server restarted: nothing it told or showed holds any more."""
+        instance = self.instance
+        self.contacted = False
+        self.models_seen_s = float("-inf")
+        self.metrics_missing = False
+        self.started_at = None
+        self.counters = ()
+        self.said.clear()
+        self.outliers.reset()
+        self.learner.forget()
+        self.ejections = 0
+        self.trial = False
+        self.need_warmup = instance.warmup
+        instance.learned_concurrency = None
+        instance.engine = type(instance.engine)()
+        if self.kinds_learned:
+            instance.supported_request_types = None
+            self.kinds_learned = False

@@ -1,0 +1,395 @@
+"""The fleet: which instances there are, which of them may serve a lane of requests, and what is in flight on each."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any
+
+from control_plane.clock import Clock
+from control_plane.errors import EngineError, InstanceFailed, InstanceNotFound, InvalidRequest
+from control_plane.fleet.health import HealthMonitor
+from control_plane.fleet.in_flight import count_in, count_out, role_has_room
+from control_plane.fleet.outliers import Failure, classify
+from control_plane.fleet.record import LAST_RESORT, Cause, Record
+from control_plane.fleet.selection import ModelIndex, pick, roomy, sample
+from control_plane.fleet.settings import HealthSettings
+from control_plane.fleet.status import Listener, StatusBook
+from control_plane.job import LaneKey
+from control_plane.protocols import Engine, EventSink, Predictor, PrefixMatches
+from control_plane.types import ExecutionInstance, HealthStatus, RequestKind
+from control_plane.view import NoPrefixes
+
+
+class Silence:
+    """An EventSink for whoever does not want to hear."""
+
+    def event(self, name: str, message: str, **fields: Any) -> None: ...
+
+
+class Fleet:
+    """All instances, by id and by model; a :class:`~control_plane.protocols.FleetView` for decisions.
+
+    Instances may be added and removed at any time, with or without a running loop. They are live objects: their state is read at
+    each lookup and never cached. All calls happen in one thread.
+
+    Args:
+        engine_factory: makes the Engine of an instance, at its first use.
+        rng: spreads probes and breaks ties.
+    """
+
+    def __init__(
+        self,
+        clock: Clock,
+        predictor: Predictor,
+        events: EventSink | None,
+        engine_factory: Callable[[ExecutionInstance], Engine],
+        settings: HealthSettings | None = None,
+        prefixes: PrefixMatches | None = None,
+        rng: Random | None = None,
+    ) -> None:
+        self._clock = clock
+        self._predictor = predictor
+        self._prefixes = prefixes or NoPrefixes()
+        self._make_engine = engine_factory
+        self._settings = settings or HealthSettings()
+        self._status = StatusBook(clock, events or Silence(), self._settings)
+        self._monitor = HealthMonitor(clock, self._settings, self._status, self._engine_of, self._models_changed, rng or Random(0))
+        self._records: dict[str, Record] = {}
+        self._index = ModelIndex(clock)
+        #: removed while requests still ran there
+        self._leaving: dict[ExecutionInstance, Record] = {}
+        self._ending: set[asyncio.Task[None]] = set()
+        self._turn = 0
+        self._running = False
+
+    # ---- the view
+
+    @property
+    def now_s(self) -> float:
+        return self._clock.now_s()
+
+    @property
+    def predictor(self) -> Predictor:
+        return self._predictor
+
+    @property
+    def prefixes(self) -> PrefixMatches:
+        return self._prefixes
+
+    def instances(self) -> Sequence[ExecutionInstance]:
+        """Every registered instance, usable or not, in order of registration. Not to be changed by the caller."""
+        return self._index.instances
+
+    def get(self, instance_id: str) -> ExecutionInstance | None:
+        record = self._records.get(instance_id)
+        return None if record is None else record.instance
+
+    def engine(self, instance_id: str) -> Engine:
+        """What runs requests there. Raises InstanceNotFound."""
+        return self._engine_of(self._record(instance_id))
+
+    @property
+    def on_change(self) -> Listener | None:
+        """Called when an instance became usable, got more room, changed its models, or was removed."""
+        return self._status.on_change
+
+    @on_change.setter
+    def on_change(self, listener: Listener | None) -> None:
+        self._status.on_change = listener
+
+    @property
+    def on_hung(self) -> Listener | None:
+        """Called when probes found that an instance answers nothing any more while requests may be running there."""
+        return self._status.on_hung
+
+    @on_hung.setter
+    def on_hung(self, listener: Listener | None) -> None:
+        self._status.on_hung = listener
+
+    # ---- membership
+
+    def add(self, instance: ExecutionInstance) -> None:
+        """Register it; the same object again is no change. Raises InvalidRequest when another one has its id."""
+        known = self._records.get(instance.instance_id)
+        if known is not None:
+            if known.instance is instance:
+                return
+            raise InvalidRequest(f"an instance {instance.instance_id!r} is registered already", param="instance_id")
+        record = self._leaving.pop(instance, None) or Record(instance, self._settings)
+        self._records[instance.instance_id] = record
+        self._index.instances.append(instance)
+        if instance.health_status == HealthStatus.HEALTHY:
+            instance.health_status = self._status.deserved(record)
+        record.was_usable = instance.is_usable
+        self._index.rebuild()
+        if self._running:
+            self._watch(record)
+        if record.was_usable:
+            self._status.changed(instance)
+
+    def remove(self, instance_id: str) -> ExecutionInstance:
+        """Take it out of the fleet; what runs there runs on, then its connections close. Raises InstanceNotFound."""
+        record = self._record(instance_id)
+        instance = record.instance
+        del self._records[instance_id]
+        self._index.instances.remove(instance)
+        self._status.clear(record)
+        self._index.rebuild()
+        if record.task is not None:
+            record.task.cancel()
+            self._await_later(record.task)
+        if instance.active_requests > 0:
+            self._leaving[instance] = record
+        else:
+            self._close_engine(record)
+        self._status.changed(instance)
+        return instance
+
+    # ---- lookups by model
+
+    def knows(self, model: str) -> bool:
+        """Some registered instance serves this name, or is configured to, whether it is up or not."""
+        return bool(self._index.serving(model))
+
+    def models(self) -> dict[str, list[ExecutionInstance]]:
+        """Every name served or configured, with its instances."""
+        return self._index.models()
+
+    def registered_for(self, lane: LaneKey) -> list[ExecutionInstance]:
+        """Instances that could serve the lane if all were well: whether waiting, or trying elsewhere, has a point."""
+        serving = self._index.serving(lane.model)
+        if lane.pinned is not None:
+            serving = [instance for instance in serving if instance.instance_id == lane.pinned]
+        return [instance for instance in serving if instance.instance_id not in lane.avoid and instance.can_do(lane.kind)]
+
+    def eligible(self, lane: LaneKey, limit: int | None = None) -> list[ExecutionInstance]:
+        """Instances that may be given work of this lane now, with room or without.
+
+        They serve its model and kind, are not avoided, and are usable. When none of the model's instances is usable, those that are
+        out for errors, time limits or missed probes are candidates all the same, since they may still answer; one that refuses
+        connections, drains, starts or serves another model never is.
+
+        Args:
+            limit: look for this many only, beginning at a different place each time: a large fleet is sampled.
+        """
+        return self._choose(lane, limit, room=False)
+
+    def with_room(self, lane: LaneKey, limit: int | None = None) -> list[ExecutionInstance]:
+        """The eligible ones that can take another request now."""
+        if self._status.trials or self._status.suspects:
+            return [instance for instance in self._choose(lane, None, room=False) if self.has_room(instance)][:limit]
+        return self._choose(lane, limit, room=True)
+
+    def has_room(self, instance: ExecutionInstance, phase: str | None = None) -> bool:
+        """It may be given one more request (in that role: ``prefilling`` or ``decoding``) as far as caps and trials go."""
+        if instance.active_requests >= instance.concurrency_limit:
+            return False
+        trials = self._status.trials
+        if trials and (record := trials.get(instance.instance_id)) is not None and record.trial_placed >= self._settings.trial_requests:
+            return False
+        return phase is None or role_has_room(instance, phase)
+
+    # ---- what is in flight
+
+    def placed(self, instance: ExecutionInstance, predicted_ms: float, phase: str | None = None) -> None:
+        """A request was sent there. To be matched by :meth:`released` with the same figures, however it ends."""
+        count_in(instance, predicted_ms, phase)
+        if self._status.trials and (record := self._status.trials.get(instance.instance_id)) is not None:
+            record.trial_placed += 1
+
+    def released(self, instance: ExecutionInstance, predicted_ms: float, phase: str | None = None) -> None:
+        """A placed request ended there: well, badly or cancelled."""
+        count_out(instance, predicted_ms, phase)
+        if self._status.trials and (record := self._status.trials.get(instance.instance_id)) is not None:
+            record.trial_placed = max(0, record.trial_placed - 1)
+        if not instance.active_requests:
+            self._emptied(instance)
+
+    def _emptied(self, instance: ExecutionInstance) -> None:
+        leaving = self._leaving.pop(instance, None)
+        if leaving is not None:
+            self._close_engine(leaving)
+        elif instance.health_status == HealthStatus.DRAINING and (record := self._mine(instance)) is not None:
+            self._status.say(record, "instance_drained", "drained: its last request has ended")
+
+    # ---- how requests ended there
+
+    def record_success(self, instance: ExecutionInstance) -> None:
+        """A request ended well there."""
+        record = self._mine(instance)
+        if record is None:
+            return
+        now_s = record.last_success_s = self._clock.now_s()
+        record.outliers.success(now_s)
+        if record.trial:
+            self._status.proven(record)
+
+    def record_failure(self, instance: ExecutionInstance, error: InstanceFailed) -> None:
+        """A request failed there: marks the instance when that says something about it. A 4xx never does."""
+        record = self._mine(instance)
+        if record is None:
+            return
+        self._status.owner_spoke(record)
+        kind = classify(error)
+        if kind is Failure.NOT_ITS_FAULT:
+            if isinstance(error, EngineError) and error.status == 404:
+                self._monitor.look_at_models_soon(record)
+            return
+        if kind is Failure.UNREACHABLE:
+            self._status.down(record, Cause.UNREACHABLE, error.message)
+        elif record.outliers.failure(kind, self._clock.now_s()) or record.trial:
+            self._eject(record, kind, error.message)
+        if kind is not Failure.ERROR:
+            self._monitor.probe_soon(record)
+
+    def _eject(self, record: Record, kind: Failure, reason: str) -> None:
+        if record.cause is not None:
+            return
+        if kind is not Failure.TIMED_OUT:
+            self._status.eject(record, Cause.ERRORS, reason)
+        elif self._may_eject_slow(record.instance):
+            self._status.eject(record, Cause.TIMEOUTS, reason)
+        else:
+            record.outliers.timeouts = 0
+            message = f"keeps serving although requests meet time limits ({reason}): half of its model's instances are out already"
+            self._status.say_once(record, "ejection_withheld", message, reason=reason)
+
+    def _may_eject_slow(self, instance: ExecutionInstance) -> bool:
+        """Time limits alone never take out more than half of a model's instances: they may be too tight for all of them."""
+        peers = self._index.serving(instance.model_name)
+        out = sum(peer.health_status == HealthStatus.UNHEALTHY for peer in peers)
+        return (out + 1) * 2 <= len(peers)
+
+    # ---- by hand
+
+    def drain(self, instance_id: str) -> None:
+        """No new work; what runs there ends, which is said. Raises InstanceNotFound."""
+        record = self._record(instance_id)
+        instance = record.instance
+        if instance.health_status == HealthStatus.DRAINING:
+            return
+        instance.health_status = HealthStatus.DRAINING
+        record.was_usable = False
+        self._status.say(record, "instance_draining", f"draining: {instance.active_requests} requests still run there")
+        if not instance.active_requests:
+            self._emptied(instance)
+
+    def undrain(self, instance_id: str) -> None:
+        """Back to what is known of its health. Raises InstanceNotFound."""
+        record = self._record(instance_id)
+        instance = record.instance
+        if instance.health_status != HealthStatus.DRAINING:
+            return
+        self._status.say(record, "instance_undrained", "takes work again")
+        instance.health_status = self._status.deserved(record)
+        record.was_usable = instance.is_usable
+        self._monitor.probe_soon(record)
+        self._status.changed(instance)
+
+    def refresh(self, instance: ExecutionInstance) -> None:
+        """Its owner changed its fields: models are looked up anew and the dispatcher hears of it."""
+        self._index.rebuild()
+        self._status.changed(instance)
+
+    async def check(self, instance: ExecutionInstance, engine: Engine) -> bool:
+        """Ask its server now whether it is well. A registered instance's ``health_status`` follows the answer."""
+        record = self._mine(instance)
+        if record is None:
+            return await self._monitor.ask(engine) is None
+        return await self._monitor.check(record)
+
+    # ---- life
+
+    def start(self) -> None:
+        """Begin probing; needs a running loop. May repeat."""
+        if self._running:
+            return
+        self._running = True
+        for record in self._records.values():
+            self._watch(record)
+
+    async def stop(self) -> None:
+        """End all tasks and close the engines' connections. May repeat; :meth:`start` works again afterwards."""
+        self._running = False
+        records = [*self._records.values(), *self._leaving.values()]
+        tasks = [record.task for record in records if record.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, *self._ending, return_exceptions=True)
+        engines = [record.engine for record in records if record.engine is not None]
+        for record in records:
+            record.task = record.engine = None
+        await asyncio.gather(*(engine.close() for engine in engines))
+
+    def _watch(self, record: Record) -> None:
+        record.task = asyncio.get_running_loop().create_task(
+            self._monitor.watch(record, len(self._records)), name=f"probe {record.instance.instance_id}"
+        )
+
+    def _close_engine(self, record: Record) -> None:
+        engine, record.engine = record.engine, None
+        if engine is None:
+            return
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        self._await_later(loop.create_task(engine.close()))
+
+    def _await_later(self, task: asyncio.Task[None]) -> None:
+        """``stop`` waits for it if it has not ended by then."""
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+
+    # ---- inside
+
+    def _record(self, instance_id: str) -> Record:
+        record = self._records.get(instance_id)
+        if record is None:
+            raise InstanceNotFound(f"no instance {instance_id!r} is registered")
+        return record
+
+    def _mine(self, instance: ExecutionInstance) -> Record | None:
+        record = self._records.get(instance.instance_id)
+        return record if record is not None and record.instance is instance else None
+
+    def _engine_of(self, record: Record) -> Engine:
+        if record.engine is None:
+            record.engine = self._make_engine(record.instance)
+        return record.engine
+
+    def _models_changed(self, record: Record) -> None:
+        self._index.rebuild()
+        self._status.changed(record.instance)
+
+    def _choose(self, lane: LaneKey, limit: int | None, room: bool) -> list[ExecutionInstance]:
+        serving = self._index.serving(lane.model)
+        kind = lane.kind
+        if lane.pinned is not None:
+            serving = [instance for instance in serving if instance.instance_id == lane.pinned]
+        if limit is None or len(serving) <= limit:
+            found = pick(serving, kind, room)
+        else:
+            self._turn = (self._turn + limit) % len(serving)
+            found = sample(serving, kind, room, limit, self._turn)
+        if not found and not any(instance.is_usable and instance.can_do(kind) for instance in serving):
+            found = self._last_resort(serving, kind)
+            found = roomy(found) if room else found
+        if lane.avoid:
+            found = [instance for instance in found if instance.instance_id not in lane.avoid]
+        suspects = self._status.suspects
+        if suspects and len(found) > 1:
+            found = [instance for instance in found if instance.instance_id not in suspects] or found
+        return found
+
+    def _last_resort(self, serving: list[ExecutionInstance], kind: RequestKind) -> list[ExecutionInstance]:
+        return [
+            instance
+            for instance in serving
+            if instance.health_status == HealthStatus.UNHEALTHY
+            and instance.is_available
+            and self._records[instance.instance_id].cause in LAST_RESORT
+            and instance.can_do(kind)
+        ]

@@ -1,0 +1,104 @@
+"""Which instances serve a model, and the hot filter over them: who is usable, who has room.
+
+The state of an instance may be set by its owner at any time, so it is read at each question; only who serves which name is kept.
+Measured: 1.6 µs for 8 instances, 5.6 for 64, 62 for 1,000, or 8 where a sample of 64 of them will do.
+"""
+
+from __future__ import annotations
+
+from control_plane.clock import Clock
+from control_plane.types import ExecutionInstance, ExecutionInstanceType, HealthStatus, RequestKind
+
+#: fleets up to this size have their names compared at every lookup; larger ones at most every NAMES_INTERVAL_S
+NAMES_ALWAYS = 64
+NAMES_INTERVAL_S = 0.1
+
+
+class ModelIndex:
+    """Instances by every name they serve or are configured to serve, whether they are up or not."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._by_model: dict[str, list[ExecutionInstance]] = {}
+        self._names: list[str] = []
+        self._due_s = 0.0
+        #: all of them, in order of registration
+        self.instances: list[ExecutionInstance] = []
+
+    def rebuild(self) -> None:
+        by_model: dict[str, list[ExecutionInstance]] = {}
+        for instance in self.instances:
+            for name in dict.fromkeys((instance.model_name, *instance.served_models)):
+                if name:
+                    by_model.setdefault(name, []).append(instance)
+        self._by_model = by_model
+        self._names = [instance.model_name for instance in self.instances]
+        self._due_s = self._clock.now_s() + NAMES_INTERVAL_S
+
+    def serving(self, model: str) -> list[ExecutionInstance]:
+        """Not to be changed by the caller. An owner may rename an instance at any time, so names are compared first."""
+        compare = len(self.instances) <= NAMES_ALWAYS or self._clock.now_s() >= self._due_s
+        if compare:
+            self._follow_names()
+        serving = self._by_model.get(model)
+        if serving is None and compare:
+            # perhaps an alias that its owner added to served_models
+            self.rebuild()
+            serving = self._by_model.get(model)
+        return serving if serving is not None else []
+
+    def models(self) -> dict[str, list[ExecutionInstance]]:
+        self.rebuild()
+        return {model: list(serving) for model, serving in self._by_model.items()}
+
+    def _follow_names(self) -> None:
+        if [instance.model_name for instance in self.instances] != self._names:
+            self.rebuild()
+        else:
+            self._due_s = self._clock.now_s() + NAMES_INTERVAL_S
+
+
+def usable(instances: list[ExecutionInstance], kind: RequestKind) -> list[ExecutionInstance]:
+    """Healthy, not taken out by the owner, able to do this kind. Identity checks and attribute reads; a call only where the answer
+    is not plain."""
+    if kind is RequestKind.ANY:
+        return [instance for instance in instances if instance.is_usable]
+    healthy, embedding = HealthStatus.HEALTHY, ExecutionInstanceType.EMBEDDING
+    return [
+        instance
+        for instance in instances
+        if ((state := instance.health_status) is healthy or state == healthy)
+        and instance.is_available
+        and (
+            kind in supported
+            if (supported := instance.supported_request_types) is not None
+            else instance.instance_type is not embedding or instance.can_do(kind)
+        )
+    ]
+
+
+def roomy(instances: list[ExecutionInstance]) -> list[ExecutionInstance]:
+    """Below their cap: ``active_requests < concurrency_limit``, which is only called where there may be one."""
+    return [
+        instance
+        for instance in instances
+        if (instance.max_concurrent_requests is None and instance.learned_concurrency is None)
+        or instance.active_requests < instance.concurrency_limit
+    ]
+
+
+def pick(instances: list[ExecutionInstance], kind: RequestKind, room: bool) -> list[ExecutionInstance]:
+    """The usable ones; with ``room``, only those below their cap."""
+    found = usable(instances, kind)
+    return roomy(found) if room else found
+
+
+def sample(instances: list[ExecutionInstance], kind: RequestKind, room: bool, limit: int, start: int) -> list[ExecutionInstance]:
+    """The first ``limit`` that :func:`pick` finds, looking from ``start`` on and around."""
+    rotated = instances[start:] + instances[:start]
+    found: list[ExecutionInstance] = []
+    for at in range(0, len(rotated), limit):
+        found += pick(rotated[at : at + limit], kind, room)
+        if len(found) >= limit:
+            return found[:limit]
+    return found

@@ -1,0 +1,122 @@
+"""The access log: one JSON line a request, gathered in memory and written by a thread, so that no disk ever delays a request.
+
+What cannot be written (a full disk, a closed pipe) is dropped, counted, and said once; serving goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from control_plane.clock import Clock
+from control_plane.protocols import EventSink
+
+FLUSH_INTERVAL_S = 0.5
+FLUSH_BYTES = 64 * 1024
+#: lines kept while the disk does not take them; beyond it the newest are dropped
+MAX_WAITING_BYTES = 8 * 1024 * 1024
+
+
+class Line(msgspec.Struct, omit_defaults=True, gc=False):
+    """One request. Milliseconds from acceptance; no text of prompts or answers, ever."""
+
+    time: str
+    request_id: str
+    method: str
+    path: str
+    status: int
+    total_ms: float
+    code: str = ""
+    tenant: str = ""
+    model: str = ""
+    instance: str = ""
+    queue_ms: float | None = None
+    ttft_ms: float | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    attempts: int = 1
+
+
+class AccessLog:
+    """Appends to ``path`` (None: standard error). ``dropped`` counts lines that were lost."""
+
+    def __init__(self, clock: Clock, events: EventSink, path: str | None = None) -> None:
+        self._epoch_s = clock.utc(0.0).timestamp()
+        self._events = events
+        self._path = Path(path) if path is not None else None
+        self._encode = msgspec.json.Encoder().encode
+        self._lines: list[bytes] = []
+        self._bytes = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._writing: asyncio.Future[None] | None = None
+        self._failing = False
+        self._second = -1
+        self._second_text = ""
+        self.dropped = 0
+
+    def stamp(self, now_s: float) -> str:
+        """Wall time of a monotonic one, in ISO 8601 to the millisecond; the text of a second is made once."""
+        wall_s = self._epoch_s + now_s
+        second = int(wall_s)
+        if second != self._second:
+            self._second = second
+            self._second_text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+        return f"{self._second_text}.{int((wall_s - second) * 1000):03d}Z"
+
+    def write(self, line: Line) -> None:
+        """Note a line; cheap, never raises for what the disk does."""
+        if self._bytes >= MAX_WAITING_BYTES:
+            self.dropped += 1
+            return
+        data = self._encode(line)
+        self._lines.append(data)
+        self._bytes += len(data) + 1
+        if self._timer is None and self._writing is None:
+            self._timer = asyncio.get_running_loop().call_later(FLUSH_INTERVAL_S, self._flush)
+        elif self._bytes >= FLUSH_BYTES and self._writing is None:
+            self._flush()
+
+    async def close(self) -> None:
+        """Write what is left, waiting at most two seconds for the disk."""
+        if self._writing is not None:
+            await asyncio.wait((self._writing,), timeout=2.0)
+        self._flush()
+        if self._writing is not None:
+            await asyncio.wait((self._writing,), timeout=2.0)
+
+    def _flush(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self._lines or self._writing is not None:
+            return
+        lines, self._lines, self._bytes = self._lines, [], 0
+        data = b"\n".join(lines) + b"\n"
+        self._writing = asyncio.get_running_loop().run_in_executor(None, self._append, data)
+        self._writing.add_done_callback(lambda done: self._written(done, len(lines)))
+
+    def _append(self, data: bytes) -> None:
+        """In a thread. The file is opened for each batch, so that it can be rotated under us."""
+        if self._path is None:
+            sys.stderr.buffer.write(data)
+            sys.stderr.buffer.flush()
+        else:
+            with self._path.open("ab") as file:
+                file.write(data)
+
+    def _written(self, done: asyncio.Future[None], lines: int) -> None:
+        self._writing = None
+        error = None if done.cancelled() else done.exception()
+        if error is not None:
+            self.dropped += lines
+            if not self._failing:
+                self._events.event("access_log_failed", f"the access log cannot be written: {error}; serving goes on", error=str(error))
+        elif self._failing:
+            self._events.event("access_log_works", f"the access log is written again; {self.dropped} lines were lost", dropped=self.dropped)
+        self._failing = error is not None
+        if self._lines and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(FLUSH_INTERVAL_S, self._flush)

@@ -1,0 +1,261 @@
+"""The gateway: listeners, the table of paths, probes, and start and stop. Requests to engines go on to :mod:`.relay`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from control_plane.errors import ControlPlaneError, Draining, NoInstanceAvailable
+from control_plane.gateway.access_log import AccessLog
+from control_plane.gateway.admin import make_admin_app
+from control_plane.gateway.asgi import serve_asgi
+from control_plane.gateway.descriptors import raise_descriptor_limit, streams_that_fit
+from control_plane.gateway.endpoints import ENDPOINTS, GENERIC
+from control_plane.gateway.guard import AdminGuard
+from control_plane.gateway.model_list import find_card, model_list
+from control_plane.gateway.relay import Relay
+from control_plane.gateway.replies import JSON, InternalError, TooManyStreams, UnknownPath, WrongMethod, encode, error_answer
+from control_plane.gateway.settings import GatewaySettings
+from control_plane.manager import ControlPlaneManager
+from control_plane.transport import Exchange, HttpServer, ServerLimits
+
+#: admin requests served at a time; they are for people and tools, not for load
+MAX_ADMIN_CALLS = 64
+_ADMIN = "/control/v1/"
+_MODEL = "/v1/models/"
+_RESPONSE = "/v1/responses/"
+_READS = ("GET", "HEAD")
+
+Metrics = Callable[[], tuple[str, bytes]]
+Page = Callable[[Exchange], None]
+_logger = logging.getLogger("control_plane.gateway")
+
+
+class Gateway:
+    """OpenAI's, Anthropic's and vLLM's HTTP API in front of ``manager``, which its owner starts and stops.
+
+    Args:
+        metrics: makes the answer of ``/metrics``: content type and body; None: that path is not there.
+        config: what ``/control/v1/config`` shows beside the gateway's own settings.
+        limits: bounds of the listeners; those in ``settings`` win.
+    """
+
+    def __init__(
+        self,
+        manager: ControlPlaneManager,
+        settings: GatewaySettings | None = None,
+        *,
+        metrics: Metrics | None = None,
+        config: Callable[[], dict[str, Any]] | None = None,
+        limits: ServerLimits | None = None,
+    ) -> None:
+        self.manager = manager
+        self.settings = settings or GatewaySettings()
+        self._limits = _server_limits(limits or ServerLimits(), self.settings)
+        self._log = AccessLog(manager.clock, manager.events, self.settings.access_log_path) if self.settings.access_log else None
+        self.relay = Relay(manager, self.settings, self._log, max_open=self.settings.max_streams or streams_that_fit(1024))
+        self._created = int(manager.clock.utc(manager.clock.now_s()).timestamp())
+        self._metrics = metrics
+        self._pages: dict[str, Page] = {"/health": self._health, "/ready": self._ready, "/v1/models": self._models}
+        if metrics is not None:
+            self._pages["/metrics"] = self._show_metrics
+        self._admin_app = make_admin_app(manager, self.settings, config)
+        self._admin_calls: set[asyncio.Task[None]] = set()
+        self._guard: AdminGuard | None = None
+        self._admin_guard: AdminGuard | None = None
+        self._server: HttpServer | None = None
+        self._admin_server: HttpServer | None = None
+
+    # ---- life
+
+    async def start(self, host: str = "127.0.0.1", port: int = 8080, admin_host: str | None = None, admin_port: int | None = None) -> None:
+        """Listen. ``port`` 0 takes any free one. With ``admin_port`` the admin API moves to a listener of its own.
+
+        Raises OSError when the address cannot be had, ConfigurationError when the TLS files do not load.
+        """
+        if self.settings.max_streams is None:
+            self.relay.max_open = streams_that_fit(raise_descriptor_limit())
+        tls = self.settings.tls_context()
+        self.relay.draining = False
+        if admin_port is None:
+            self._guard = AdminGuard(self.settings.admin_key, own_listener=False, listen_host=host)
+        else:
+            listen_host = admin_host if admin_host is not None else host
+            self._admin_guard = AdminGuard(self.settings.admin_key, own_listener=True, listen_host=listen_host)
+            self._admin_server = HttpServer(self.handle_admin, limits=self._limits, ssl=tls)
+            await self._admin_server.start(listen_host, admin_port)
+        self._server = HttpServer(self.handle, limits=self._limits, ssl=tls)
+        try:
+            await self._server.start(host, port)
+        except BaseException:
+            await self.stop(0.0)
+            raise
+        self.manager.events.event(
+            "gateway_started", f"{self.url} takes up to {self.relay.max_open} open streams", url=self.url, max_open=self.relay.max_open
+        )
+
+    async def stop(self, grace_s: float = 120.0) -> None:
+        """Answer newcomers with 503, let open answers end for up to ``grace_s`` seconds, end the rest, close. May repeat."""
+        if self._server is not None:
+            await self.relay.drain(grace_s)
+        for server in (self._server, self._admin_server):
+            if server is not None:
+                await server.stop(min(grace_s, 1.0))
+        self._server = self._admin_server = None
+        for task in list(self._admin_calls):
+            task.cancel()
+        if self._log is not None:
+            await self._log.close()
+
+    @property
+    def url(self) -> str:
+        """``http://HOST:PORT``. Raises RuntimeError before the start."""
+        url: str = _started(self._server).url
+        return url
+
+    @property
+    def admin_url(self) -> str:
+        """Where the admin API is: its own listener, else :attr:`url`."""
+        return self.url if self._admin_server is None else self._admin_server.url
+
+    @property
+    def open_requests(self) -> int:
+        """Requests to engines whose answer has not ended."""
+        return len(self.relay.open)
+
+    @property
+    def access_log_dropped(self) -> int:
+        """Lines of the access log that could not be written."""
+        return self._log.dropped if self._log is not None else 0
+
+    # ---- requests
+
+    def handle(self, exchange: Exchange) -> None:
+        """Answer one request on the main listener. Never raises."""
+        try:
+            endpoint = ENDPOINTS.get(exchange.path)
+            if endpoint is not None and exchange.method == "POST":
+                self.relay.relay(exchange, endpoint)
+            else:
+                self._other(exchange)
+        except Exception as error:
+            self._crashed(exchange, error)
+
+    def handle_admin(self, exchange: Exchange) -> None:
+        """Answer one request on the admin listener: the admin API and the probes, nothing for engines. Never raises."""
+        try:
+            page = self._pages.get(exchange.path)
+            if page is not None and exchange.path != "/v1/models":
+                self._show(exchange, page)
+            else:
+                self._admin(exchange, self._admin_guard)
+        except ControlPlaneError as error:
+            self._answer_error(exchange, error)
+        except Exception as error:
+            self._crashed(exchange, error)
+
+    def _other(self, exchange: Exchange) -> None:
+        """All that is not a POST to a known engine path."""
+        path, method = exchange.path, exchange.method
+        try:
+            if path == "/" or path.startswith(_ADMIN):
+                self._admin(exchange, self._guard)
+            elif method == "OPTIONS":
+                self._preflight(exchange)
+            elif path in self._pages:
+                self._show(exchange, self._pages[path])
+            elif path in ENDPOINTS:
+                raise WrongMethod(method, path, "POST")
+            elif path.startswith(_MODEL):
+                self._show(exchange, self._model)
+            elif path.startswith(_RESPONSE):
+                self.relay.stored(exchange)
+            elif method == "POST" and path.startswith("/v1/"):
+                self.relay.relay(exchange, GENERIC)
+            else:
+                raise UnknownPath(f"There is no {path[:200]!r} here.")
+        except ControlPlaneError as error:
+            self._answer_error(exchange, error)
+
+    def _show(self, exchange: Exchange, page: Page) -> None:
+        if exchange.method not in _READS:
+            raise WrongMethod(exchange.method, exchange.path, "GET, HEAD")
+        page(exchange)
+
+    def _preflight(self, exchange: Exchange) -> None:
+        path = exchange.path
+        if path in self._pages or path.startswith(_MODEL):
+            allow = b"GET, HEAD, OPTIONS"
+        elif path in ENDPOINTS or path.startswith("/v1/"):
+            allow = b"POST, OPTIONS"
+        else:
+            raise UnknownPath(f"There is no {path[:200]!r} here.")
+        exchange.respond(204, [(b"allow", allow), *self.relay.cors.preflight(dict(exchange.headers))], b"")
+
+    # ---- pages
+
+    def _json(self, exchange: Exchange, value: Any) -> None:
+        exchange.respond(200, [JSON, *self.relay.cors.headers(dict(exchange.headers))], encode(value))
+
+    def _health(self, exchange: Exchange) -> None:
+        self._json(exchange, {"status": "ok"})
+
+    def _ready(self, exchange: Exchange) -> None:
+        if self.relay.draining or not self.manager.is_running:
+            raise Draining("This gateway is shutting down or has not started.")
+        usable = sum(instance.is_usable for instance in self.manager.fleet.instances())
+        if not usable:
+            raise NoInstanceAvailable("No instance can serve now.")
+        self._json(exchange, {"status": "ready", "usable_instances": usable})
+
+    def _models(self, exchange: Exchange) -> None:
+        self.relay.check_key(exchange)
+        self._json(exchange, model_list(self.manager.fleet, self._created))
+
+    def _model(self, exchange: Exchange) -> None:
+        self.relay.check_key(exchange)
+        self._json(exchange, find_card(self.manager.fleet, exchange.path[len(_MODEL) :], self._created))
+
+    def _show_metrics(self, exchange: Exchange) -> None:
+        assert self._metrics is not None
+        content_type, body = self._metrics()
+        exchange.respond(200, [(b"content-type", content_type.encode())], body)
+
+    # ---- admin
+
+    def _admin(self, exchange: Exchange, guard: AdminGuard | None) -> None:
+        if guard is None:
+            raise UnknownPath(f"There is no {exchange.path[:200]!r} here.")
+        guard.check(exchange)
+        if len(self._admin_calls) >= MAX_ADMIN_CALLS:
+            raise TooManyStreams(f"{MAX_ADMIN_CALLS} admin requests are open.")
+        task = asyncio.get_running_loop().create_task(serve_asgi(self._admin_app, exchange, self._crashed))
+        self._admin_calls.add(task)
+        task.add_done_callback(self._admin_calls.discard)
+
+    # ---- errors
+
+    def _answer_error(self, exchange: Exchange, error: ControlPlaneError) -> None:
+        status, headers, body = error_answer(error, anthropic=False)
+        exchange.respond(status, [*headers, *self.relay.cors.headers(dict(exchange.headers))], body)
+
+    def _crashed(self, exchange: Exchange, error: BaseException) -> None:
+        """A fault of ours: it is logged with its trace, the client is told, and the rest goes on."""
+        _logger.error("a request to %s failed inside the gateway", exchange.path[:200], exc_info=error)
+        if exchange.started:
+            exchange.abort()
+        else:
+            self._answer_error(exchange, InternalError("The gateway failed inside; its log tells why."))
+
+
+def _server_limits(limits: ServerLimits, settings: GatewaySettings) -> ServerLimits:
+    return replace(limits, max_body_bytes=settings.max_body_bytes, max_header_bytes=settings.max_header_bytes)
+
+
+def _started(server: HttpServer | None) -> HttpServer:
+    if server is None:
+        raise RuntimeError("the gateway is not started")
+    return server

@@ -1,0 +1,289 @@
+"""Reading a request: the routing fields of its body and headers are parsed once, the rest stays the bytes that came.
+
+Nothing else of the body is decoded: fields that only an engine understands are the engine's to judge, unknown ones pass untouched.
+Of members that come twice the last one counts, here as in the engines' parsers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType
+
+from control_plane.admission import validate_request
+from control_plane.errors import InvalidRequest
+from control_plane.gateway import edits
+from control_plane.gateway.endpoints import Endpoint
+from control_plane.gateway.forms import form_fields
+from control_plane.gateway.wishes import apply_headers, has_routing_headers, parse_priority
+from control_plane.types import RequestKind, RequestMetadata
+
+#: bytes of the prompt kept for prefix-aware placement
+HEAD_BYTES = 4096
+#: a larger number of tokens or choices is the engine's to refuse; for planning it counts as unknown
+_MAX_COUNT = 1 << 24
+#: an image or sound inside the prompt counts as this many bytes of text, whatever its size
+_MEDIA_BYTES = 2048
+_MEDIA_FROM_BYTES = 16 * 1024
+_SAMPLES = 10
+#: a token id counts as this many bytes of text
+_TOKEN_ID_BYTES = 4
+_SAMPLE_BYTES = 256
+
+_media = re.compile(rb";base64,[A-Za-z0-9+/=_-]*")
+_at = re.compile(r" - at `\$\.?(\w*)").search
+
+
+class Head(Struct, gc=False):
+    """The members that routing looks at; UNSET: the client did not send it."""
+
+    model: str | UnsetType | None = UNSET
+    messages: Raw | UnsetType = UNSET
+    prompt: Raw | UnsetType = UNSET
+    input: Raw | UnsetType = UNSET
+    system: Raw | UnsetType = UNSET
+    instructions: Raw | UnsetType = UNSET
+    stream: bool | None = None
+    stream_options: Raw | UnsetType = UNSET
+    max_tokens: Any = None
+    max_completion_tokens: Any = None
+    max_output_tokens: Any = None
+    n: Any = None
+    user: Any = None
+    tools: Raw | UnsetType = UNSET
+    metadata: Raw | UnsetType = UNSET
+    previous_response_id: str | None = None
+    # ours: taken out before the body goes on
+    priority: int | str | UnsetType | None = UNSET
+    request_id: str | UnsetType | None = UNSET
+    session_id: str | UnsetType | None = UNSET
+    slo_deadline_ms: float | UnsetType | None = UNSET
+    ttft_slo_ms: float | UnsetType | None = UNSET
+    tpot_slo_ms: float | UnsetType | None = UNSET
+    cost_budget: float | UnsetType | None = UNSET
+    when_late: str | UnsetType | None = UNSET
+
+
+class NamesNoModel(InvalidRequest):
+    """A request that can only be relayed by its model names none."""
+
+
+class _AnthropicMetadata(Struct):
+    user_id: Any = None
+
+
+class Ask(NamedTuple):
+    """A request as read: what it is about, and the body to send on."""
+
+    request: RequestMetadata
+    body: bytes
+    stream: bool
+    hide_usage: bool
+    previous_response_id: str | None
+
+
+#: our members of a body, with the field of RequestMetadata that each sets
+OWN_MEMBERS = ("priority", "request_id", "session_id", "slo_deadline_ms", "ttft_slo_ms", "tpot_slo_ms", "cost_budget", "when_late")
+
+Resolve = Callable[[None], str]
+
+_decode = msgspec.json.Decoder(Head).decode
+_decode_metadata = msgspec.json.Decoder(_AnthropicMetadata).decode
+
+
+def read(
+    endpoint: Endpoint,
+    body: bytes,
+    headers: Mapping[bytes, bytes],
+    resolve_model: Resolve,
+    *,
+    ask_usage: bool = True,
+) -> Ask:
+    """Parse ``body`` and the routing headers. ``resolve_model(None)`` names the model of a request that names none.
+
+    ``request.request_id`` is "" unless the body brought one. Raises InvalidRequest naming the field, and what ``resolve_model`` raises.
+    """
+    content_type = headers.get(b"content-type", b"")
+    if content_type[:10].lower() == b"multipart/":
+        return _read_form(content_type, body, headers, resolve_model)
+    head = _read_head(body)
+    request = _metadata(head, endpoint, body)
+    changes: dict[str, bytes | None] = {}
+    if not _nothing_of_ours(head):
+        changes = _own_members(head, request)
+    wished = has_routing_headers(headers)
+    if wished:
+        apply_headers(headers, request, changes)
+    if wished or changes:
+        validate_request(request)
+    if not head.model:
+        _name_model(head, request, endpoint, resolve_model, changes)
+    stream = head.stream is True
+    hide = False
+    if stream and ask_usage and endpoint.usage:
+        hide = _want_usage(head.stream_options, changes)
+    if changes:
+        body = edits.edit(body, changes)
+    elif hide:
+        body = edits.ask_usage(body)
+    return Ask(request, body, stream, hide, head.previous_response_id)
+
+
+def _read_head(body: bytes) -> Head:
+    try:
+        if not body.isascii():
+            body.decode()  # what is skipped below is not checked by the parser; an engine would answer with its own error, or worse
+        return _decode(body)
+    except msgspec.ValidationError as error:
+        raise _wrong_type(str(error)) from None
+    except msgspec.DecodeError as error:
+        reason = str(error) if body.strip() else "it is empty"
+        raise InvalidRequest(f"the request body is not valid JSON: {reason}") from None
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the request body is not valid UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise InvalidRequest("the request body is nested too deeply") from None
+
+
+def _wrong_type(message: str) -> InvalidRequest:
+    found = _at(message)
+    if found is None:
+        return InvalidRequest(f"the request body must be a JSON object. {message}")
+    return InvalidRequest(f"{found[1]}: {message[: found.start()]}", param=found[1])
+
+
+def _nothing_of_ours(head: Head) -> bool:
+    return (
+        head.priority
+        is head.request_id
+        is head.session_id
+        is head.slo_deadline_ms
+        is head.ttft_slo_ms
+        is head.tpot_slo_ms
+        is head.cost_budget
+        is head.when_late
+        is UNSET
+    )
+
+
+def _metadata(head: Head, endpoint: Endpoint, body: bytes) -> RequestMetadata:
+    prompt = getattr(head, endpoint.prompt) if endpoint.prompt else UNSET
+    request = RequestMetadata(
+        model_name=head.model or None,
+        max_tokens=_count(head.max_completion_tokens) or _count(head.max_tokens) or _count(head.max_output_tokens),
+        kind=endpoint.kind,
+        prompt_size_bytes=len(body),
+    )
+    if prompt is not UNSET:
+        _measure(prompt, getattr(head, endpoint.preamble) if endpoint.preamble else UNSET, head.tools, request)
+    user = head.user
+    if user is not None:
+        if not isinstance(user, str):
+            raise InvalidRequest("user: Expected `str`", param="user")
+        request.user_id = user or None
+    elif endpoint.anthropic and head.metadata is not UNSET:
+        request.user_id = _anthropic_user(head.metadata)
+    if head.n is not None and (choices := _count(head.n)) is not None and choices > 1:
+        request.extra_body = {"n": choices}
+    return request
+
+
+def _count(value: object) -> int | None:
+    return value if type(value) is int and 0 < value <= _MAX_COUNT else None
+
+
+def _measure(prompt: Raw, preamble: Raw | UnsetType, tools: Raw | UnsetType, request: RequestMetadata) -> None:
+    """Note the size and the first bytes of the prompt; for token ids, how many."""
+    view = memoryview(prompt)
+    size = len(view)
+    first = bytes(view[:HEAD_BYTES])
+    if first[:1] == b"[" and first[1:8].lstrip(b"[ \n")[:1].isdigit():
+        request.input_tokens = bytes(view).count(b",") + 1
+        size = _TOKEN_ID_BYTES * request.input_tokens
+    elif size >= _MEDIA_FROM_BYTES and _looks_like_media(view, size):
+        size = _text_size(bytes(view))
+    if tools is not UNSET:
+        size += len(memoryview(tools))
+    if preamble is not UNSET:
+        size += len(memoryview(preamble))
+        first = (bytes(memoryview(preamble)[:HEAD_BYTES]) + first)[:HEAD_BYTES]
+    request.prompt_size_bytes = size
+    request.prompt_head = first
+
+
+def _looks_like_media(view: memoryview, size: int) -> bool:
+    """Whether a sample of the prompt holds a stretch of ASCII without a blank, as base64 is; a search of it all would cost more
+    than the parse."""
+    step = (size - _SAMPLE_BYTES) // _SAMPLES
+    for at in range(step, size - _SAMPLE_BYTES, step):
+        piece = bytes(view[at : at + _SAMPLE_BYTES])
+        if b" " not in piece and piece.isascii():
+            return True
+    return False
+
+
+def _text_size(raw: bytes) -> int:
+    media = [len(found[0]) for found in _media.finditer(raw)]
+    return len(raw) - sum(media) + sum(min(size, _MEDIA_BYTES) for size in media)
+
+
+def _anthropic_user(metadata: Raw) -> str | None:
+    try:
+        user = _decode_metadata(metadata).user_id
+    except msgspec.DecodeError:
+        return None
+    return user if isinstance(user, str) and user else None
+
+
+def _own_members(head: Head, request: RequestMetadata) -> dict[str, bytes | None]:
+    """Move our members from the body into ``request``; returns the edit that takes them out."""
+    found: dict[str, bytes | None] = {}
+    for name in OWN_MEMBERS:
+        value = getattr(head, name)
+        if value is UNSET:
+            continue
+        found[name] = None
+        if value is None:
+            continue
+        if name == "priority":
+            request.priority = parse_priority(value)
+        else:
+            setattr(request, name, value)
+    return found
+
+
+def _name_model(head: Head, request: RequestMetadata, endpoint: Endpoint, resolve: Resolve, changes: dict[str, bytes | None]) -> None:
+    if endpoint.generic:
+        raise NamesNoModel("the body names no model, so there is no engine to ask", param="model")
+    request.model_name = resolve(None)
+    changes["model"] = msgspec.json.encode(request.model_name)
+
+
+def _want_usage(stream_options: Raw | UnsetType, changes: dict[str, bytes | None]) -> bool:
+    """Whether usage is to be asked for and hidden; notes the edit where ``stream_options`` is there or other edits are made."""
+    if stream_options is UNSET:
+        if changes:
+            changes["stream_options"] = b'{"include_usage":true}'
+        return True
+    asked = edits.with_usage(stream_options)
+    if asked is None:
+        return False
+    changes["stream_options"] = asked
+    return True
+
+
+def _read_form(content_type: bytes, body: bytes, headers: Mapping[bytes, bytes], resolve_model: Resolve) -> Ask:
+    fields = form_fields(content_type, body)
+    model = fields.get(b"model")
+    if not model:
+        raise NamesNoModel("the form names no model, so there is no engine to ask", param="model")
+    request = RequestMetadata(
+        model_name=model, user_id=fields.get(b"user") or None, max_tokens=None, kind=RequestKind.ANY, prompt_size_bytes=0
+    )
+    if has_routing_headers(headers):
+        apply_headers(headers, request, ())
+        validate_request(request)
+    return Ask(request, body, fields.get(b"stream", "").lower() in ("true", "1"), False, None)

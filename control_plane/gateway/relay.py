@@ -1,0 +1,237 @@
+"""From a client's request to the manager and back: the hot path of the gateway."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Mapping
+
+from control_plane.errors import ControlPlaneError, Draining
+from control_plane.gateway.access_log import AccessLog, Line
+from control_plane.gateway.cors import Cors
+from control_plane.gateway.endpoints import ANY, Endpoint
+from control_plane.gateway.guard import ClientKeys
+from control_plane.gateway.openai import NamesNoModel, read
+from control_plane.gateway.replies import TooManyStreams, UnknownPath, WrongMethod, error_answer
+from control_plane.gateway.request_ids import RequestIds
+from control_plane.gateway.responses import ResponseHomes, response_path
+from control_plane.gateway.settings import GatewaySettings
+from control_plane.gateway.sink import ClientSink, ResponsesSink
+from control_plane.job import Job
+from control_plane.manager import ControlPlaneManager
+from control_plane.protocols import WireRequest
+from control_plane.transport import Exchange
+from control_plane.types import ExecutionInstance, RequestKind, RequestMetadata
+
+#: client headers that go on to the engine, beside the content type where it is not plain JSON
+_CREDENTIALS = frozenset((b"authorization", b"x-api-key"))
+_FORWARDED = frozenset((b"anthropic-version", b"anthropic-beta", b"traceparent", b"tracestate", b"endpoint-load-metrics-format"))
+_JSON = b"application/json"
+
+
+class Relay:
+    """Reads requests, hands them to the manager, and keeps the books of the open ones.
+
+    Attributes:
+        open: sinks whose answer has not ended.
+        max_open: the next request beyond it is refused with 503.
+        draining: no new requests.
+        refused: requests turned away by code, whoever turned them away.
+    """
+
+    def __init__(self, manager: ControlPlaneManager, settings: GatewaySettings, log: AccessLog | None, *, max_open: int) -> None:
+        self.manager = manager
+        self.homes = ResponseHomes(manager.fleet, settings.max_remembered_responses)
+        self.cors = Cors(settings.cors_origins)
+        self.open: set[ClientSink] = set()
+        self.max_open = max_open
+        self.draining = False
+        self.idle = asyncio.Event()
+        self.refused: Counter[str] = Counter()
+        self._settings = settings
+        self._keys = ClientKeys(settings.api_keys)
+        self._forwarded = _FORWARDED if self._keys else _FORWARDED | _CREDENTIALS
+        self._log = log
+        self._clock = manager.clock
+        self._ids = RequestIds()
+
+    # ---- requests
+
+    def relay(self, exchange: Exchange, endpoint: Endpoint) -> None:
+        """Answer one POST to an engine's path. Never raises for what a client sent."""
+        headers = dict(exchange.headers)
+        request_id = self._ids.take(headers.get(b"x-request-id"))
+        try:
+            self._check(headers)
+            ask = read(endpoint, exchange.body, headers, self.manager.resolve_model, ask_usage=self._settings.ask_usage)
+            request = ask.request
+            if request.request_id:
+                request_id = self._ids.take(request.request_id.encode())
+            request.request_id = request_id
+            pinned = None
+            if ask.previous_response_id is not None and endpoint.responses:
+                pinned = self.homes.find(ask.previous_response_id, "previous_response_id")
+        except ControlPlaneError as error:
+            self._turn_away(exchange, endpoint, request_id, headers, error)
+            return
+        kind = ResponsesSink if endpoint.responses else ClientSink
+        sink = kind(exchange, endpoint, request_id, self, stream=ask.stream)
+        if b"x-explain" in headers:
+            sink.explain = headers[b"x-explain"] not in (b"0", b"false", b"")
+        if isinstance(sink, ResponsesSink):
+            sink.remember_in(self.homes)
+        wire = WireRequest(
+            _target(exchange), ask.body, ask.stream, ask.hide_usage, "POST", self._engine_headers(exchange, headers, request_id)
+        )
+        self._accept(request, wire, sink, endpoint.kind, headers, pinned)
+        if ask.stream and self._settings.queue_keepalive_s is not None:
+            self._keep_waiting(sink, self._settings.queue_keepalive_s)
+
+    def stored(self, exchange: Exchange) -> None:
+        """Answer a request about a stored response: GET or DELETE of it, POST to its cancel."""
+        headers = dict(exchange.headers)
+        request_id = self._ids.take(headers.get(b"x-request-id"))
+        try:
+            self._check(headers)
+            instance = self._home_of(exchange)
+        except ControlPlaneError as error:
+            self._turn_away(exchange, ANY, request_id, headers, error)
+            return
+        request = RequestMetadata(
+            request_id=request_id, model_name=instance.model_name, max_tokens=1, kind=RequestKind.ANY, prompt_size_bytes=0
+        )
+        stream = b"stream=true" in exchange.query
+        forwarded = self._engine_headers(exchange, headers, request_id)
+        wire = WireRequest(_target(exchange), exchange.body, stream, method=exchange.method, headers=forwarded)
+        sink = ClientSink(exchange, ANY, request_id, self, stream=stream)
+        self._accept(request, wire, sink, RequestKind.ANY, headers, instance.instance_id)
+
+    def _home_of(self, exchange: Exchange) -> ExecutionInstance:
+        found = response_path(exchange.path)
+        if found is None:
+            raise UnknownPath(f"There is no {exchange.path[:200]!r} here.")
+        response_id, rest = found
+        allowed = {"": ("GET", "DELETE"), "/cancel": ("POST",), "/input_items": ("GET",)}[rest]
+        if exchange.method not in allowed:
+            raise WrongMethod(exchange.method, exchange.path, ", ".join(allowed))
+        instance = self.manager.fleet.get(self.homes.find(response_id, "response_id"))
+        assert instance is not None
+        return instance
+
+    def check_key(self, exchange: Exchange) -> None:
+        """Raises Unauthorized where client keys are on and the request carries none of them."""
+        if self._keys:
+            self._keys.check(dict(exchange.headers))
+
+    def _check(self, headers: Mapping[bytes, bytes]) -> None:
+        if self.draining:
+            raise Draining("This gateway is shutting down and takes no new requests.")
+        if self._keys:
+            self._keys.check(headers)
+        if len(self.open) >= self.max_open:
+            raise TooManyStreams(f"{self.max_open} requests are open, as many as this gateway has room for.")
+
+    def _engine_headers(self, exchange: Exchange, headers: Mapping[bytes, bytes], request_id: str) -> tuple[tuple[bytes, bytes], ...]:
+        own = (b"x-request-id", request_id.encode())
+        content_type = headers.get(b"content-type", _JSON)
+        forwarded = self._forwarded
+        if content_type == _JSON and forwarded.isdisjoint(headers):
+            return (own,)
+        kept = [header for header in exchange.headers if header[0] in forwarded]
+        if content_type != _JSON:
+            kept.append((b"content-type", content_type))
+        return (own, *kept)
+
+    def _accept(
+        self,
+        request: RequestMetadata,
+        wire: WireRequest,
+        sink: ClientSink,
+        kind: RequestKind,
+        headers: Mapping[bytes, bytes],
+        pinned: str | None,
+    ) -> None:
+        if self.cors:
+            sink.extra_headers = self.cors.headers(headers)
+        self.open.add(sink)
+        try:
+            job = self.manager.accept(request, wire, sink, kind=kind, model=request.model_name, pinned=pinned)
+        except ControlPlaneError as error:
+            self.refused[error.code] += 1
+            sink.failed(error)
+            return
+        if sink.exchange is not None:
+            sink.job = job
+
+    def _turn_away(
+        self, exchange: Exchange, endpoint: Endpoint, request_id: str, headers: Mapping[bytes, bytes], error: ControlPlaneError
+    ) -> None:
+        """Answer what never reached the manager."""
+        if isinstance(error, NamesNoModel) and endpoint.generic:
+            error = UnknownPath(f"There is no {exchange.method} {exchange.path[:200]} here, and the body names no model to relay it by.")
+        self.refused[error.code] += 1
+        status, own, body = error_answer(error, anthropic=endpoint.anthropic)
+        own.append((b"x-request-id", request_id.encode()))
+        exchange.respond(status, [*own, *self.cors.headers(headers)], body)
+        if self._log is not None:
+            now_s = self._clock.now_s()
+            self._log.write(Line(self._log.stamp(now_s), request_id, exchange.method, exchange.path[:200], status, 0.0, error.code))
+
+    def _keep_waiting(self, sink: ClientSink, interval_s: float) -> None:
+        def tick() -> None:
+            if sink.keep_waiting():
+                loop.call_later(interval_s, tick)
+
+        loop = asyncio.get_running_loop()
+        loop.call_later(interval_s, tick)
+
+    # ---- ends: the Desk of the sinks
+
+    def client_left(self, job: Job) -> None:
+        self.manager.cancel(job)
+
+    def ended(self, sink: ClientSink, status: int, code: str) -> None:
+        self.open.discard(sink)
+        if self._log is not None:
+            self._note(self._log, sink, status, code)
+        if self.draining and not self.open:
+            self.idle.set()
+
+    def _note(self, log: AccessLog, sink: ClientSink, status: int, code: str) -> None:
+        job, exchange = sink.job, sink.exchange
+        assert exchange is not None
+        now_s = self._clock.now_s()
+        line = Line(log.stamp(now_s), sink.request_id, exchange.method, exchange.path[:200], status, 0.0, code)
+        if job is not None:
+            arrival_s = job.arrival_s
+            line.total_ms = round((now_s - arrival_s) * 1000.0, 1)
+            line.tenant = job.request.tenant[:128]
+            line.model = job.lane.model
+            line.attempts = job.attempts
+            if job.instance is not None:
+                line.instance = job.instance.instance_id
+                line.queue_ms = round((job.scheduled_s - arrival_s) * 1000.0, 1)
+            if job.first_token_s:
+                line.ttft_ms = round((job.first_token_s - arrival_s) * 1000.0, 1)
+            if job.usage is not None:
+                line.input_tokens = job.usage.prompt_tokens
+                line.output_tokens = job.usage.completion_tokens
+            else:
+                line.output_tokens = job.output_tokens
+        log.write(line)
+
+    async def drain(self, grace_s: float) -> None:
+        """Refuse newcomers, wait until every open answer has ended, and end what is left after ``grace_s`` with a 503."""
+        self.draining = True
+        self.idle.clear()
+        if self.open:
+            try:
+                await asyncio.wait_for(self.idle.wait(), grace_s)
+            except TimeoutError:
+                for sink in list(self.open):
+                    if sink.job is not None:
+                        self.manager.cancel(sink.job, Draining("This gateway shut down before the answer was complete."))
+
+
+def _target(exchange: Exchange) -> str:
+    return f"{exchange.path}?{exchange.query.decode('latin-1')}" if exchange.query else exchange.path

@@ -1,0 +1,203 @@
+"""The answer on its way to one client: an engine's head, bytes and errors become those of an HTTP exchange.
+
+``chunk`` is the exchange's own ``write``, so that a streamed chunk passes no frame of ours. The sink lets go of the exchange (and of
+the body in it) at the end, because finished requests are remembered for a while.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Protocol
+
+from control_plane.errors import ControlPlaneError
+from control_plane.gateway.endpoints import Endpoint
+from control_plane.gateway.replies import EVENT_STREAM, Header, error_answer, error_event, header_text
+from control_plane.gateway.responses import ResponseHomes, response_id_in
+from control_plane.job import Job
+from control_plane.manager import describe_decision
+from control_plane.protocols import Call, EngineOutcome, Headers
+from control_plane.transport import Exchange
+
+#: headers of an engine that do not go on: hop by hop, framing (ours), or set by us
+NOT_RELAYED = frozenset(
+    (
+        b"connection",
+        b"keep-alive",
+        b"proxy-authenticate",
+        b"proxy-connection",
+        b"te",
+        b"trailer",
+        b"transfer-encoding",
+        b"upgrade",
+        b"content-length",
+        b"x-request-id",
+        b"x-instance-id",
+        b"x-queue-ms",
+        b"x-decision",
+    )
+)
+KEEP_ALIVE_COMMENT = b": waiting\n\n"
+#: pieces of an answer that are searched for the response's id
+_SEARCHED_PIECES = 16
+
+
+class Desk(Protocol):
+    """Who handed the sink out and hears how its answer ended."""
+
+    def ended(self, sink: ClientSink, status: int, code: str) -> None:
+        """Once, before the sink lets go of its job; ``code`` is "" when it went well."""
+
+    def client_left(self, job: Job) -> None:
+        """Nobody waits for ``job`` any more."""
+
+
+class ClientSink:
+    """Implements :class:`~control_plane.protocols.Sink` over one Exchange. ``job`` is set by whoever hands it to the manager."""
+
+    __slots__ = ("_begun", "_desk", "_events", "chunk", "endpoint", "exchange", "explain", "extra_headers", "job", "request_id", "stream")
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        endpoint: Endpoint,
+        request_id: str,
+        desk: Desk,
+        *,
+        stream: bool = False,
+        explain: bool = False,
+        extra_headers: tuple[Header, ...] = (),
+    ) -> None:
+        self.exchange: Exchange | None = exchange
+        self.endpoint = endpoint
+        self.request_id = request_id
+        self.stream = stream
+        self.explain = explain
+        self.extra_headers = extra_headers
+        self.job: Job | None = None
+        self._desk = desk
+        #: the engine has answered
+        self._begun = False
+        #: what has begun is an event stream, so that an error can be told inside it
+        self._events = False
+        self.chunk: Callable[[bytes], None] = exchange.write
+        exchange.on_disconnect = self.client_left
+
+    # ---- from the engine
+
+    def started(self, status: int, headers: Headers, call: Call) -> None:
+        exchange = self.exchange
+        if exchange is None:
+            return
+        self._begun = True
+        if not exchange.started:
+            relayed: list[Header] = []
+            length = None
+            for header in headers:
+                name = header[0]
+                if name not in NOT_RELAYED:
+                    relayed.append(header)
+                elif name == b"content-length":
+                    length = int(header[1])
+            relayed += self._own_headers()
+            self._events = self.stream and length is None
+            exchange.start(status, relayed, length)
+        exchange.on_pause = call.pause
+        exchange.on_resume = call.resume
+
+    def tokens(self, n: int, first_s: float, last_s: float) -> None:
+        """Counted on the way here; nothing to do."""
+
+    def finished(self, outcome: EngineOutcome) -> None:
+        exchange = self.exchange
+        if exchange is not None:
+            exchange.end()
+            self._end(200, "")
+
+    def failed(self, error: ControlPlaneError) -> None:
+        exchange = self.exchange
+        if exchange is None:
+            return
+        anthropic = self.endpoint.anthropic
+        if not exchange.started:
+            status, headers, body = error_answer(error, anthropic=anthropic)
+            exchange.respond(status, headers + self._own_headers(), body)
+        else:
+            status = error.http_status
+            if self._events:
+                exchange.end(error_event(error, anthropic=anthropic))
+            else:
+                exchange.abort()
+        self._end(status, error.code)
+
+    # ---- from the client's side
+
+    def keep_waiting(self) -> bool:
+        """Tell a client whose stream waits in the queue that we are here; commits status 200. False: no need to call again."""
+        exchange, job = self.exchange, self.job
+        if exchange is None or job is None or self._begun:
+            return False
+        if not exchange.started:
+            if not job.queued:
+                return True
+            self._events = True
+            exchange.start(200, [EVENT_STREAM, *self._own_headers()])
+        exchange.write(KEEP_ALIVE_COMMENT)
+        return True
+
+    def client_left(self) -> None:
+        """The client hung up: nothing is written any more."""
+        job = self.job
+        if self.exchange is not None:
+            self._end(499, "cancelled")
+        if job is not None:
+            self._desk.client_left(job)
+
+    # ---- inside
+
+    def _own_headers(self) -> list[Header]:
+        headers = [(b"x-request-id", self.request_id.encode())]
+        job = self.job
+        if job is not None and (instance := job.instance) is not None:
+            headers.append((b"x-instance-id", header_text(instance.instance_id)))
+            headers.append((b"x-queue-ms", b"%.1f" % ((job.scheduled_s - job.arrival_s) * 1000.0)))
+            if self.explain and job.decision is not None:
+                headers.append((b"x-decision", json.dumps(describe_decision(job.decision), separators=(",", ":")).encode()))
+        if self.extra_headers:
+            headers += self.extra_headers
+        return headers
+
+    def _end(self, status: int, code: str) -> None:
+        self._desk.ended(self, status, code)
+        exchange, self.exchange = self.exchange, None
+        self.chunk = _drop
+        self.job = None
+        if exchange is not None:
+            exchange.on_disconnect = exchange.on_pause = exchange.on_resume = None
+
+
+class ResponsesSink(ClientSink):
+    """The sink of ``POST /v1/responses``: remembers which instance made the response."""
+
+    __slots__ = ("_homes", "_pieces_left", "_write")
+
+    def remember_in(self, homes: ResponseHomes) -> None:
+        """Watch the answer for its id. To be called before the engine is asked."""
+        self._homes = homes
+        self._pieces_left = _SEARCHED_PIECES
+        self._write = self.chunk
+        self.chunk = self._watch
+
+    def _watch(self, data: bytes) -> None:
+        if self._pieces_left and self.exchange is not None:
+            self._pieces_left -= 1
+            response_id = response_id_in(data[:65536])
+            job = self.job
+            if response_id is not None and job is not None and job.instance is not None:
+                self._homes.remember(response_id, job.instance.instance_id)
+                self._pieces_left = 0
+        self._write(data)
+
+
+def _drop(data: bytes) -> None:
+    """Where chunks go after the end."""

@@ -1,0 +1,352 @@
+"""The life of an accepted request: admitted, queued, launched, retried, ended. The manager's engine room.
+
+Every request is in exactly one place: the queue, a placement under way, an attempt on an engine, or ended. Whatever moves it goes
+through here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from random import Random
+
+from control_plane.admission import admit
+from control_plane.clock import Clock
+from control_plane.dispatch import Dispatcher
+from control_plane.engines import AnswerSink, build_wire
+from control_plane.errors import (
+    ControlPlaneError,
+    Draining,
+    InstanceFailed,
+    InvalidRequest,
+    ModelNotFound,
+    NoInstanceAvailable,
+    RequestCancelled,
+)
+from control_plane.executor import Attempt, ExecutionCoordinator
+from control_plane.job import Job, LaneKey
+from control_plane.observability.metrics import MetricsRecorder
+from control_plane.policies import SchedulingPolicy
+from control_plane.prediction import LatencyPredictor
+from control_plane.protocols import EngineOutcome, Sink, WireRequest
+from control_plane.queue import RequestQueue, set_key
+from control_plane.records import FINAL_STATES, RequestRecords, status_info
+from control_plane.recovery import after_failure
+from control_plane.types import ExecutionInstance, RequestKind, RequestMetadata, RequestStatus, SchedulingDecision, Usage
+
+#: weight of one request in an instance's mean latency
+LATENCY_WEIGHT = 0.1
+
+
+class RequestLifecycle:
+    """Moves jobs through their states and keeps records, metrics and predictor informed. ``open`` and ``running`` are the manager's
+    switches: before start requests only wait, while stopping none is accepted."""
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        queue: RequestQueue,
+        executor: ExecutionCoordinator,
+        records: RequestRecords,
+        metrics: MetricsRecorder,
+        predictor: LatencyPredictor,
+        rng: Random,
+        default_model: str | None,
+        no_instance_timeout_s: float,
+        max_attempts: int,
+    ) -> None:
+        self.queue = queue
+        self.records = records
+        self.default_model = default_model
+        #: requests are judged and dispatched (between start and stop)
+        self.running = False
+        #: no new requests (while stopping)
+        self.closed = False
+        self.drained: asyncio.Future[None] | None = None
+        self._clock = clock
+        self._executor = executor
+        self._fleet = executor.fleet
+        self._metrics = metrics
+        self._predictor = predictor
+        self._no_instance_timeout_s = no_instance_timeout_s
+        self._max_attempts = max_attempts
+        self._attempts: dict[str, Attempt] = {}
+        self._waiters: dict[str, list[asyncio.Future[None]]] = {}
+        #: the policy wants to hear of ends (its hook is not the base's)
+        self._tells_policy = False
+        self._ids = itertools.count(1)
+        self._id_prefix = f"{rng.getrandbits(48):012x}"
+
+    def bind(self, dispatcher: Dispatcher) -> None:
+        """The dispatcher launches through us and is told by us: one of the two has to come first."""
+        self.dispatcher = dispatcher
+        self.policy_changed()
+
+    def policy_changed(self) -> None:
+        hook = type(self.dispatcher.policy).on_request_completed
+        self._tells_policy = hook is not SchedulingPolicy.on_request_completed
+
+    # ---- the way in for both doors
+
+    def accept(
+        self,
+        request: RequestMetadata,
+        wire: WireRequest,
+        sink: Sink,
+        *,
+        kind: RequestKind,
+        model: str | None,
+        pinned: str | None = None,
+    ) -> Job:
+        """Admit and queue one request; ``sink`` hears how it goes (maybe before this returns).
+
+        ``wire`` with an empty path is built from ``request`` once the model is known. ``request.request_id`` is made unique.
+        Raises what :meth:`submit_request` raises.
+        """
+        try:
+            if self.closed:
+                raise Draining("the control plane is stopping and takes no new requests")
+            now_s = self._clock.now_s()
+            lane = LaneKey(self.resolve_model(model) if self.running else model or "", kind, pinned)
+            self._name(request)
+            job = Job(request, lane, wire, sink, now_s)
+            job.input_tokens = self._predictor.input_tokens(request)
+            if self.running:
+                self._admit(job)
+            self.queue.push(job)
+        except ControlPlaneError as error:
+            self._metrics.on_refused(error, request)
+            raise
+        request.arrival_time = request.queue_time = self._clock.utc(now_s)
+        job.state = RequestStatus.QUEUED
+        self.records.add(job)
+        self._metrics.on_accepted(job)
+        self.dispatcher.arrived(job)
+        return job
+
+    def _name(self, request: RequestMetadata) -> None:
+        name = request.request_id
+        if not name:
+            request.request_id = f"req-{self._id_prefix}-{next(self._ids):x}"
+        elif name in self.records:
+            request.request_id = f"{name}-{self._id_prefix[:4]}{next(self._ids):x}"
+
+    def resolve_model(self, model: str | None) -> str:
+        fleet = self._fleet
+        if model:
+            if fleet.knows(model) or any(not instance.model_name for instance in fleet.instances()):
+                return model
+            raise ModelNotFound(model, tuple(fleet.models()))
+        if self.default_model is not None:
+            return self.default_model
+        names = {instance.model_name for instance in fleet.instances() if instance.model_name}
+        if len(names) == 1:
+            return names.pop()
+        listed = ", ".join(sorted(names)) or "none yet"
+        raise InvalidRequest(f"the request names no model and there is not just one; models served here: {listed}", param="model")
+
+    def _admit(self, job: Job) -> None:
+        """Judge a request against fleet and policy: budget, deadline, its key. Builds the wire request where that is still open."""
+        request = job.request
+        if request.cost_budget is not None or request.when_late == "reject":
+            admit(request, self._fleet.eligible(job.lane), self._fleet, self._queue_wait_ms(job))
+        if not job.wire.path:
+            job.wire = build_wire(request, job.lane.kind, job.lane.model, stream=job.wire.stream)
+        set_key(job, self.dispatcher.policy, self._fleet)
+
+    def _queue_wait_ms(self, job: Job) -> float:
+        """What waits ahead in its lane, at the pace of the requests started there lately; 0 while there is room."""
+        if self._fleet.with_room(job.lane):
+            return 0.0
+        return self.queue.present_wait_s(job.lane) * 1000.0
+
+    def cancel(self, job: Job, error: ControlPlaneError | None = None) -> None:
+        """Drop a request wherever it is. Its sink hears ``error`` if one is given, else nothing more. May repeat."""
+        if job.state in FINAL_STATES:
+            return
+        self._leave(job)
+        job.error = error or RequestCancelled("its caller left")
+        self._end(job, RequestStatus.CANCELLED)
+        self._metrics.on_cancelled(job)
+        if error is not None:
+            job.sink.failed(error)
+        self._settled(job)
+
+    def _leave(self, job: Job) -> None:
+        """Out of the queue and off its engine."""
+        if job.queued:
+            self.queue.remove(job)
+        attempt = self._attempts.pop(job.request_id, None)
+        if attempt is not None:
+            attempt.cancel()
+
+    async def wait(self, job: Job) -> None:
+        """Until ``job`` has ended."""
+        if job.state not in FINAL_STATES:
+            waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiters.setdefault(job.request_id, []).append(waiter)
+            await waiter
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are accepted and on no engine."""
+        return len(self.queue)
+
+    # ---- start and stop
+
+    def judge_early(self) -> None:
+        """What was submitted before the start is judged now; what does not pass fails."""
+        for job in self.queue.jobs():
+            self.queue.remove(job)
+            try:
+                job.lane = job.lane._replace(model=self.resolve_model(job.lane.model or None))
+                self._admit(job)
+                self.queue.requeue(job)
+            except ControlPlaneError as error:
+                self.end_failed(job, error)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Until nothing accepted is left, or the limit."""
+        if self.records.live_count:
+            self.drained = asyncio.get_running_loop().create_future()
+            await asyncio.wait((self.drained,), timeout=timeout_s)
+            self.drained = None
+
+    def fail_rest(self, error: ControlPlaneError) -> None:
+        for job in list(self.records.live()):
+            self.end_failed(job, error)
+
+    # ---- running: called by the dispatcher and the executor
+
+    def launch(self, job: Job, decision: SchedulingDecision) -> None:
+        now_s = self._clock.now_s()
+        job.scheduled_s = now_s
+        job.attempts += 1
+        request = job.request
+        request.schedule_time = request.start_time = self._clock.utc(now_s)
+        try:
+            attempt = self._executor.start(job, decision, self)
+        except ControlPlaneError as error:
+            self.end_failed(job, error)
+            return
+        if not attempt.settled:
+            self._attempts[request.request_id] = attempt
+
+    def attempt_finished(self, attempt: Attempt, outcome: EngineOutcome) -> None:
+        """The executor reports a good end."""
+        job = attempt.job
+        self._attempts.pop(job.request_id, None)
+        now_s = self._clock.now_s()
+        job.usage = outcome.usage or Usage(job.input_tokens, job.output_tokens)
+        if outcome.usage is not None:
+            job.output_tokens = outcome.usage.completion_tokens
+        if not job.last_token_s:
+            job.first_token_s = job.last_token_s = now_s
+        job.sink.finished(outcome)
+        self._learn(attempt, job, now_s)
+        job.error = job.sink.error if isinstance(job.sink, AnswerSink) else None
+        if job.error is not None:
+            self._end(job, RequestStatus.FAILED)
+            self._metrics.on_failed(job, job.error)
+        else:
+            self._end(job, RequestStatus.COMPLETED)
+            self._metrics.on_finished(job)
+        self._settled(job)
+        self.dispatcher.room(attempt.instance)
+
+    def _learn(self, attempt: Attempt, job: Job, now_s: float) -> None:
+        """What a good end teaches: the instance's speed, the model's lengths."""
+        instance, request, usage, predictor = attempt.instance, job.request, job.usage, self._predictor
+        assert usage is not None
+        self._fleet.record_success(instance)
+        latency_ms = (now_s - attempt.started_s) * 1000.0
+        instance.avg_latency_ms += LATENCY_WEIGHT * (latency_ms - instance.avg_latency_ms) if instance.avg_latency_ms else latency_ms
+        if usage.exact:
+            predictor.observe_bytes_per_token(job.lane.model, request.prompt_bytes, usage.prompt_tokens)
+            job.input_tokens = usage.prompt_tokens
+            if usage.completion_tokens:
+                predictor.observe_length(job.lane.model, request, usage.completion_tokens)
+        if job.wire.stream and job.output_tokens > 1:
+            uncached = max(0, job.input_tokens - (usage.cached_tokens or 0))
+            first_ms = (job.first_token_s - attempt.started_s) * 1000.0
+            predictor.observe_first_token(instance, uncached, first_ms, attempt.backlog_ms)
+            decode_ms = (job.last_token_s - job.first_token_s) * 1000.0
+            predictor.observe_decode(instance, job.output_tokens - 1, decode_ms, attempt.batch)
+
+    def attempt_failed(self, attempt: Attempt, error: ControlPlaneError) -> None:
+        """The executor reports a failed attempt: queue it again where that is right, else it failed."""
+        job, instance = attempt.job, attempt.instance
+        self._attempts.pop(job.request_id, None)
+        if isinstance(error, InstanceFailed):
+            error.instance_id = instance.instance_id
+            if error.connected:
+                job.tried |= {instance.instance_id}
+                job.unreached_since_s = 0.0
+            else:
+                job.attempts -= 1
+            self._fleet.record_failure(instance, error)
+        everywhere = job.lane._replace(avoid=frozenset())
+        registered = frozenset(found.instance_id for found in self._fleet.registered_for(everywhere))
+        recovery = after_failure(
+            job, error, instance.instance_id, sent=attempt.sent, registered=registered, max_attempts=self._max_attempts
+        )
+        if recovery is None:
+            self.end_failed(job, error)
+        else:
+            self._retry(job, error, recovery)
+        self.dispatcher.room(instance)
+
+    def _retry(self, job: Job, error: ControlPlaneError, avoid: frozenset[str]) -> None:
+        now_s = self._clock.now_s()
+        if isinstance(error, InstanceFailed) and not error.connected:
+            job.unreached_since_s = job.unreached_since_s or now_s
+            if now_s - job.unreached_since_s >= self._no_instance_timeout_s:
+                waited = f"{self._no_instance_timeout_s:g} s"
+                self.end_failed(job, NoInstanceAvailable(f"no engine could be reached for {waited}: {error}"))
+                return
+        job.lane = job.lane._replace(avoid=avoid)
+        job.state = RequestStatus.QUEUED
+        job.first_token_s = job.last_token_s = 0.0
+        job.output_tokens = 0
+        self._metrics.on_retried(job)
+        self.queue.requeue(job)
+        self.dispatcher.arrived(job)
+
+    def instance_hung(self, instance: ExecutionInstance) -> None:
+        """Probes found that it answers nothing any more: requests of which nothing has come yet are tried elsewhere."""
+        error_text = f"{instance.instance_id} stopped answering"
+        for attempt in [found for found in self._attempts.values() if found.instance is instance and not found.sent]:
+            if attempt.call is not None:
+                attempt.call.cancel()
+            attempt.failed(InstanceFailed(error_text, instance_id=instance.instance_id, timed_out=True))
+
+    # ---- ends
+
+    def _end(self, job: Job, state: RequestStatus) -> None:
+        job.state = state
+        job.end_s = self._clock.now_s()
+        job.request.end_time = self._clock.utc(job.end_s)
+        self.records.end(job)
+
+    def end_failed(self, job: Job, error: ControlPlaneError) -> None:
+        if job.state in FINAL_STATES:
+            return
+        self._leave(job)
+        job.error = error
+        self._end(job, RequestStatus.FAILED)
+        self._metrics.on_failed(job, error)
+        job.sink.failed(error)
+        self._settled(job)
+
+    def _settled(self, job: Job) -> None:
+        """After the end: those who wait for it, the policy's hook, and a stop that waits for the last one."""
+        waiters = self._waiters.pop(job.request_id, None)
+        if waiters:
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(None)
+        if self._tells_policy:
+            self.dispatcher.policy.on_request_completed(job.request, status_info(job))
+        if self.drained is not None and not self.records.live_count and not self.drained.done():
+            self.drained.set_result(None)

@@ -1,0 +1,489 @@
+"""The control plane itself: accepts requests, keeps their records, and binds queue, dispatch and executor together.
+
+The Python API (``submit_request``, ``stream``, ...) and the gateway (``accept``, ``cancel``) are two doors to the same way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from random import Random
+from types import TracebackType
+from typing import Any, Literal, overload
+
+from control_plane.admission import kind_of, validate_request
+from control_plane.clock import Clock, SystemClock
+from control_plane.dispatch import Dispatcher
+from control_plane.engines import AnswerSink, StreamSink, delta_text
+from control_plane.errors import ConfigurationError, ControlPlaneError, Draining, InstanceNotFound, InvalidRequest, RequestCancelled
+from control_plane.executor import EngineFactory, ExecutionCoordinator
+from control_plane.fleet import Fleet, HealthSettings
+from control_plane.job import Job
+from control_plane.lifecycle import RequestLifecycle
+from control_plane.observability.events import EventLog
+from control_plane.observability.metrics import MetricsRecorder
+from control_plane.parallelism import ParallelismOptimizer
+from control_plane.pd_routing import PDRoutingStrategy
+from control_plane.policies import SchedulingPolicy, create_policy
+from control_plane.prediction import LatencyPredictor
+from control_plane.protocols import Sink, WireRequest
+from control_plane.queue import QueueState, RequestQueue
+from control_plane.records import FINAL_STATES, RequestRecords, status_info, timings_of
+from control_plane.router import LoadBalancer, RequestRouter, RoutingStrategy
+from control_plane.time_limits import QueueTimeLimits
+from control_plane.transport import ClientLimits
+from control_plane.types import (
+    ExecutionInstance,
+    PDMetrics,
+    PDSeparationConfig,
+    PerformanceMetrics,
+    RequestKind,
+    RequestMetadata,
+    RequestStatusInfo,
+    SchedulingDecision,
+)
+
+#: how often deadlines, time limits and the adaptive policy are looked at
+TICK_S = 0.25
+
+
+class ControlPlaneManager:
+    """Accepts, orders, places, runs and records requests over a fleet of engines.
+
+    Constructing it needs no running event loop; :meth:`start` does. All calls belong to one loop and thread.
+
+    Args:
+        scheduling_policy: a name (fifo, priority, slo_aware, cost_optimized, adaptive), ``"module:Class"``, or an object.
+        routing_strategy: a name (load_balanced, round_robin, random, power_of_two, least_response_time, affinity, locality),
+            ``"module:Class"``, or an object.
+        enable_pd_separation: prefer specialised instances by a request's phase; off too when ``pd_config.enabled`` is False.
+        enable_monitoring: scrape engines and keep quantiles. Counting goes on without.
+        enable_auto_scaling: not available yet; True raises ConfigurationError.
+        default_model: what a request without ``model_name`` means where several models are served.
+        queue_max_requests, queue_max_bytes: bounds of the queue; beyond them QueueFull.
+        queue_timeout_s: longest wait in the queue; no_instance_timeout_s: longest wait for any usable instance.
+        drain_timeout_s: how long :meth:`stop` lets accepted requests finish.
+        connect_timeout_s, first_byte_timeout_s, chunk_timeout_s, total_timeout_s: time limits towards engines, None is none.
+        engine_keepalive_s: idle connections to engines are dropped after this.
+        history_max_requests, history_max_age_s: how many finished requests are remembered, and how long.
+        metrics_window_s: rates and quantiles cover this much of the past.
+        dispatch_window: how many waiting requests the dispatcher looks at for an instance with room; 1 is strict order.
+        max_attempts: how many engines one request may reach in all.
+        health: intervals and thresholds of probing and outlier detection.
+        seed: of every random choice; None: from the machine.
+        clock, engine_factory: handed in by the simulator and by tests.
+    """
+
+    def __init__(
+        self,
+        scheduling_policy: str | SchedulingPolicy = "adaptive",
+        routing_strategy: str | RoutingStrategy = "load_balanced",
+        enable_pd_separation: bool = True,
+        enable_monitoring: bool = True,
+        enable_auto_scaling: bool = False,
+        *,
+        pd_config: PDSeparationConfig | None = None,
+        default_model: str | None = None,
+        queue_max_requests: int = 10_000,
+        queue_max_bytes: int = 1024**3,
+        queue_timeout_s: float = 600.0,
+        no_instance_timeout_s: float = 30.0,
+        drain_timeout_s: float = 120.0,
+        connect_timeout_s: float = 2.0,
+        first_byte_timeout_s: float | None = None,
+        chunk_timeout_s: float | None = 60.0,
+        total_timeout_s: float | None = None,
+        engine_keepalive_s: float = 4.0,
+        history_max_requests: int = 10_000,
+        history_max_age_s: float = 3600.0,
+        metrics_window_s: float = 60.0,
+        dispatch_window: int = 64,
+        max_attempts: int = 2,
+        health: HealthSettings | None = None,
+        seed: int | None = None,
+        clock: Clock | None = None,
+        engine_factory: EngineFactory | None = None,
+    ) -> None:
+        if enable_auto_scaling:
+            raise ConfigurationError(
+                "enable_auto_scaling=True: the autoscaler is not available yet; leave it False", param="enable_auto_scaling"
+            )
+        self.clock = clock or SystemClock()
+        self.events = EventLog(self.clock)
+        self.drain_timeout_s = drain_timeout_s
+        self.enable_pd_separation = enable_pd_separation
+        self.enable_monitoring = enable_monitoring
+        self.pd_config = pd_config or PDSeparationConfig()
+        self._rng = Random(seed)
+        self.predictor = LatencyPredictor()
+        self.executor = ExecutionCoordinator(
+            clock=self.clock,
+            limits=ClientLimits(
+                connect_timeout_s=connect_timeout_s,
+                first_byte_timeout_s=first_byte_timeout_s,
+                chunk_timeout_s=chunk_timeout_s,
+                total_timeout_s=total_timeout_s,
+                keepalive_s=engine_keepalive_s,
+            ),
+            engine_factory=engine_factory,
+            predictor=self.predictor,
+            events=self.events,
+            health=health,
+            enable_monitoring=enable_monitoring,
+            rng=Random(self._rng.random()),
+        )
+        self.fleet: Fleet = self.executor.fleet
+        self.queue = RequestQueue(max_requests=queue_max_requests, max_bytes=queue_max_bytes)
+        self.router = self._make_router(routing_strategy)
+        self.load_balancer = LoadBalancer()
+        self.parallelism_optimizer = ParallelismOptimizer()
+        self.pd_router = PDRoutingStrategy(self.pd_config, self.predictor) if enable_pd_separation and self.pd_config.enabled else None
+        self.metrics = MetricsRecorder(self.clock, window_s=metrics_window_s, enabled_quantiles=enable_monitoring)
+        self._records = RequestRecords(history_max_requests, history_max_age_s)
+        self._lifecycle = RequestLifecycle(
+            clock=self.clock,
+            queue=self.queue,
+            executor=self.executor,
+            records=self._records,
+            metrics=self.metrics,
+            predictor=self.predictor,
+            rng=self._rng,
+            default_model=default_model,
+            no_instance_timeout_s=no_instance_timeout_s,
+            max_attempts=max_attempts,
+        )
+        self._dispatcher = Dispatcher(
+            self.queue,
+            self.fleet,
+            create_policy(scheduling_policy),
+            self.router,
+            self.pd_router,
+            launch=self._lifecycle.launch,
+            fail=self._lifecycle.end_failed,
+            window=dispatch_window,
+        )
+        self._lifecycle.bind(self._dispatcher)
+        self.fleet.on_change = self._dispatcher.room
+        self.fleet.on_hung = self._lifecycle.instance_hung
+        self._bind_policy(self.scheduling_policy)
+        self._limits = QueueTimeLimits(
+            self.queue,
+            self.fleet,
+            self._lifecycle.end_failed,
+            queue_timeout_s=queue_timeout_s,
+            no_instance_timeout_s=no_instance_timeout_s,
+        )
+        #: SLO violations at the last ticks, so that the adaptive policy sees those of the last ten seconds
+        self._violations: deque[int] = deque([0], maxlen=int(10 / TICK_S))
+        self._tick_handle: asyncio.TimerHandle | None = None
+
+    @classmethod
+    def from_config(cls, source: Any, **overrides: Any) -> ControlPlaneManager:
+        """A manager with its instances from a YAML file's path, a dict, or a loaded configuration. Raises ConfigurationError."""
+        from control_plane.config import load_config
+
+        config = load_config(source, overrides)
+        manager = cls(**config.manager_arguments())
+        for instance in config.make_instances():
+            manager.register_instance(instance)
+        return manager
+
+    # ---- the gateway's way in
+
+    def accept(
+        self, request: RequestMetadata, wire: WireRequest, sink: Sink, *, kind: RequestKind, model: str | None, pinned: str | None = None
+    ) -> Job:
+        """Admit and queue a request whose body is ready; ``sink`` hears how it goes (maybe before this returns).
+
+        ``pinned``: only that instance will do. ``request.request_id`` is made unique. Raises what :meth:`submit_request` raises.
+        """
+        return self._lifecycle.accept(request, wire, sink, kind=kind, model=model, pinned=pinned)
+
+    def cancel(self, job: Job, error: ControlPlaneError | None = None) -> None:
+        """Drop a request wherever it is. Its sink hears ``error`` if one is given, else nothing more. May repeat."""
+        self._lifecycle.cancel(job, error)
+
+    def resolve_model(self, model: str | None) -> str:
+        """The model meant by ``model`` (None: the default, else the only one). Raises ModelNotFound or InvalidRequest."""
+        return self._lifecycle.resolve_model(model)
+
+    # ---- instances
+
+    def register_instance(self, instance: ExecutionInstance) -> None:
+        """Add an engine; the object stays live: what its owner sets on it counts. Raises InvalidRequest for an id taken."""
+        self.executor.register_instance(instance)
+        self.scheduling_policy.on_instance_registered(instance)
+
+    def unregister_instance(self, instance_id: str) -> None:
+        """Take an engine out; what runs there runs on. Raises InstanceNotFound."""
+        self.executor.unregister_instance(instance_id)
+
+    def get_instances(self) -> list[ExecutionInstance]:
+        return self.executor.get_all_instances()
+
+    def get_instance_metrics(self, instance_id: str) -> dict[str, Any]:
+        """What is known of one instance now. Raises InstanceNotFound."""
+        instance = self.fleet.get(instance_id)
+        if instance is None:
+            raise InstanceNotFound(f"no instance {instance_id!r} is registered", param="instance_id")
+        return {
+            "instance_id": instance.instance_id,
+            "model_name": instance.model_name,
+            "instance_type": str(instance.instance_type),
+            "health_status": str(instance.health_status),
+            "is_available": instance.is_available,
+            "active_requests": instance.active_requests,
+            "current_load": instance.current_load,
+            "outstanding_ms": instance.outstanding_ms,
+            "avg_latency_ms": instance.avg_latency_ms,
+            "throughput_tokens_per_sec": instance.throughput_tokens_per_sec,
+            "concurrency_limit": None if instance.concurrency_limit == float("inf") else instance.concurrency_limit,
+            "gpu_utilization": instance.gpu_utilization,
+            "engine_running": instance.engine.running,
+            "engine_waiting": instance.engine.waiting,
+            "kv_cache_usage": instance.engine.kv_cache_usage,
+        }
+
+    # ---- the Python API's way in
+
+    async def submit_request(self, request: RequestMetadata) -> str:
+        """Accept a request and return its id; the answer is fetched by :meth:`get_request_status` or :meth:`result`.
+
+        Before :meth:`start` it waits. Raises InvalidRequest (naming the field), ModelNotFound, QueueFull, BudgetExhausted,
+        DeadlineUnreachable or Draining; then nothing is kept.
+        """
+        self._accept_own(request, AnswerSink(), stream=False)
+        return request.request_id
+
+    def _accept_own(self, request: RequestMetadata, sink: Sink, *, stream: bool) -> Job:
+        try:
+            validate_request(request)
+            kind = kind_of(request)
+            if request.request_id and request.request_id in self._records:
+                raise InvalidRequest(f"request_id {request.request_id!r} is already known; use a new one", param="request_id")
+        except ControlPlaneError as error:
+            self.metrics.on_refused(error, request)
+            raise
+        return self._lifecycle.accept(request, WireRequest("", b"", stream), sink, kind=kind, model=request.model_name)
+
+    @overload
+    def stream(self, request: RequestMetadata, events: Literal[False] = False) -> AsyncIterator[str]: ...
+    @overload
+    def stream(self, request: RequestMetadata, events: Literal[True]) -> AsyncIterator[dict[str, Any]]: ...
+    def stream(self, request: RequestMetadata, events: bool = False) -> AsyncIterator[Any]:
+        """The answer as it comes: pieces of text, or with ``events=True`` the engine's events as dicts.
+
+        Refusals and failures are raised by the iteration; leaving it early cancels the request.
+        """
+        return self._stream(request, events)
+
+    async def _stream(self, request: RequestMetadata, events: bool) -> AsyncIterator[Any]:
+        sink = StreamSink()
+        job = self._accept_own(request, sink, stream=True)
+        try:
+            async for event in sink.events():
+                if events:
+                    yield event
+                elif text := delta_text(event):
+                    yield text
+        finally:
+            self.cancel(job)
+
+    async def get_request_status(self, request_id: str) -> RequestStatusInfo:
+        """Where a request stands; equal to its state. Raises RequestNotFound for an unknown or forgotten id."""
+        return status_info(self._records.get(request_id))
+
+    async def result(self, request_id: str) -> RequestStatusInfo:
+        """Wait for a request's end. Raises RequestNotFound."""
+        job = self._records.get(request_id)
+        await self._lifecycle.wait(job)
+        return status_info(job)
+
+    async def cancel_request(self, request_id: str) -> bool:
+        """End a request, in the queue or on its engine. False when it had ended already. Raises RequestNotFound."""
+        job = self._records.get(request_id)
+        if job.state in FINAL_STATES:
+            return False
+        self.cancel(job, RequestCancelled(f"request {request_id!r} was cancelled"))
+        return True
+
+    def explain(self, request_id: str) -> dict[str, Any]:
+        """Why a request went where it went, and where its time went. Raises RequestNotFound."""
+        job = self._records.get(request_id)
+        timings = timings_of(job)
+        found: dict[str, Any] = {
+            "request_id": request_id,
+            "state": str(job.state),
+            "attempts": job.attempts,
+            "tried": sorted(job.tried),
+            "tenant": job.request.tenant,
+            "priority": job.request.priority.name.lower(),
+            "queue_ms": timings.queue_ms,
+            "ttft_ms": timings.ttft_ms,
+            "tpot_ms": timings.tpot_ms,
+            "e2e_ms": timings.e2e_ms,
+            "error": None if job.error is None else str(job.error),
+            "decision": None,
+        }
+        if job.decision is not None:
+            found["decision"] = describe_decision(job.decision)
+        return found
+
+    # ---- life
+
+    async def start(self) -> None:
+        """Begin probing and dispatching; requests submitted before are judged now. May repeat."""
+        lifecycle = self._lifecycle
+        if lifecycle.running:
+            return
+        lifecycle.running = self._dispatcher.running = True
+        await self.executor.initialize()
+        lifecycle.judge_early()
+        self._dispatcher.room()
+        self._tick_handle = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+
+    async def stop(self, drain_timeout_s: float | None = None) -> None:
+        """Refuse the new, finish what was accepted within the limit, fail the rest (code ``draining``), close everything. May repeat."""
+        lifecycle = self._lifecycle
+        if not lifecycle.running or lifecycle.closed:
+            return
+        lifecycle.closed = True
+        try:
+            await lifecycle.drain(self.drain_timeout_s if drain_timeout_s is None else drain_timeout_s)
+            await self._dispatcher.stop()
+            lifecycle.fail_rest(Draining("the control plane stopped before this request ended"))
+            await self.executor.cleanup()
+        finally:
+            if self._tick_handle is not None:
+                self._tick_handle.cancel()
+            lifecycle.running = lifecycle.closed = False
+
+    async def __aenter__(self) -> ControlPlaneManager:
+        await self.start()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.stop()
+
+    @property
+    def is_running(self) -> bool:
+        """Started and not stopping."""
+        return self._lifecycle.running and not self._lifecycle.closed
+
+    def _tick(self) -> None:
+        """Time limits and the adaptive policy: all that no event announces."""
+        try:
+            now_s = self.clock.now_s()
+            self._limits.check(now_s)
+            self.queue.relegate_due(now_s)
+            self._review_policy()
+            self._violations.append(self.metrics.slo_violations)
+            self._records.forget_old(now_s)
+        finally:
+            self._tick_handle = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+
+    # ---- policy and router
+
+    @property
+    def scheduling_policy(self) -> SchedulingPolicy:
+        return self._dispatcher.policy
+
+    def _make_router(self, strategy: str | RoutingStrategy) -> RequestRouter:
+        return RequestRouter(strategy, rng=Random(self._rng.random()), view_factory=lambda _: self.fleet)
+
+    def _bind_policy(self, policy: SchedulingPolicy) -> None:
+        """A policy's own ``schedule`` answers with what dispatch would decide."""
+        policy.view_of = lambda _: self.fleet
+        policy.place_with = self._dispatcher.decide
+
+    def update_policy(self, scheduling_policy: str | SchedulingPolicy) -> None:
+        """Change the order at run time: what waits is re-keyed once and loses nothing. Raises InvalidRequest for an unknown name."""
+        policy = create_policy(scheduling_policy)
+        self._bind_policy(policy)
+        self._dispatcher.policy = policy
+        self._lifecycle.policy_changed()
+        self.queue.rekey(policy, self.fleet)
+        self.events.event("policy_changed", f"scheduling policy is now {policy.name}", policy=policy.name)
+        self._dispatcher.room()
+
+    def update_routing_strategy(self, routing_strategy: str | RoutingStrategy) -> None:
+        """Change placement at run time. Raises InvalidRequest for an unknown name."""
+        self.router = self._make_router(routing_strategy)
+        self._dispatcher.router = self.router
+        self.events.event("router_changed", f"routing strategy is now {self.router.name}", router=self.router.name)
+
+    def _review_policy(self) -> None:
+        policy = self.scheduling_policy
+        if (why := policy.review(self._queue_state())) is not None:
+            self.queue.rekey(policy, self.fleet)
+            self.events.event("policy_switched", why, policy=policy.name)
+
+    def _queue_state(self) -> QueueState:
+        usable = [instance for instance in self.fleet.instances() if instance.is_usable]
+        load = sum(instance.current_load for instance in usable) / len(usable) if usable else 0.0
+        waits_s = [self.predictor.wait_ms(instance) / 1000.0 for instance in usable]
+        return self.queue.state(
+            self.clock.now_s(),
+            predicted_wait_s=min(waits_s, default=0.0),
+            utilisation=min(1.0, load),
+            misses_lately=self.metrics.slo_violations - self._violations[0],
+            prices_differ=len({instance.price_per_hour_usd for instance in usable}) > 1,
+        )
+
+    # ---- what it knows
+
+    @property
+    def pending_queue(self) -> RequestQueue:
+        """Requests that wait, in order: ``len()`` and iteration work."""
+        return self.queue
+
+    @property
+    def running_requests(self) -> Mapping[str, RequestMetadata]:
+        """Requests on an engine now, by id (live)."""
+        return self.executor.active_requests
+
+    def get_metrics(self) -> PerformanceMetrics:
+        """Counts since start; rates and quantiles over ``metrics_window_s``."""
+        return self.metrics.snapshot(self.fleet.instances(), queued=self._lifecycle.waiting, active=len(self.running_requests))
+
+    def get_pd_metrics(self) -> PDMetrics:
+        """Prefill/decode separation: what was classed how, and where it went."""
+        found = self._dispatcher.pd_metrics
+        instances = self.fleet.instances()
+        found.timestamp = self.clock.utc(self.clock.now_s())
+        found.prefilling_instances = sum(i.instance_type == "prefilling" for i in instances)
+        found.decoding_instances = sum(i.instance_type == "decoding" for i in instances)
+        found.general_instances = len(instances) - found.prefilling_instances - found.decoding_instances
+        found.active_prefilling_requests = sum(i.prefilling_active_requests for i in instances)
+        found.active_decoding_requests = sum(i.decoding_active_requests for i in instances)
+        return found
+
+    def get_status(self) -> dict[str, Any]:
+        """A summary for people and the admin API."""
+        return {
+            "running": self._lifecycle.running,
+            "draining": self._lifecycle.closed,
+            "scheduling_policy": self.scheduling_policy.name,
+            "routing_strategy": self.router.name,
+            "pd_separation": self.pd_router is not None,
+            "queued_requests": self._lifecycle.waiting,
+            "active_requests": len(self.running_requests),
+            "models": sorted(self.fleet.models()),
+            "instances": [self.get_instance_metrics(instance.instance_id) for instance in self.fleet.instances()],
+        }
+
+
+def describe_decision(decision: SchedulingDecision) -> dict[str, Any]:
+    """A decision as JSON can carry it: for ``x-decision``, ``explain`` and logs."""
+    return {
+        "instance_id": decision.instance_id,
+        "policy": decision.policy,
+        "router": decision.router,
+        "reason": decision.reason,
+        "key": decision.priority,
+        "estimated_latency_ms": round(decision.estimated_latency_ms, 3),
+        "estimated_cost_usd": decision.estimated_cost,
+        "legs": [{"instance_id": leg.instance_id, "role": str(leg.role)} for leg in decision.plan.legs],
+        "candidates": [{"instance_id": c.instance_id, "predicted_ms": round(c.predicted_ms, 3)} for c in decision.candidates],
+    }

@@ -1,0 +1,76 @@
+"""What happens in the fleet and to the policies, remembered and logged: :class:`EventLog` is the process's ``EventSink``.
+
+Each event is one line for people and one record for the admin API; requests are not events (they have metrics and an access log).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from control_plane.clock import Clock
+
+#: an event whose name contains one of these is a warning; the rest is information
+WARNING_WORDS = ("fail", "unhealthy", "eject", "wrong_model", "lost", "refused", "warning", "timeout", "differ")
+#: different names that are counted; names come from code, so the bound is a guard and never met
+MAX_NAMES = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One thing that happened, at ``at`` (aware UTC)."""
+
+    at: datetime
+    name: str
+    message: str
+    fields: dict[str, Any]
+
+    def line(self) -> str:
+        """``message name=... key=value ...`` on one line, whatever the values hold."""
+        told = {"event": self.name, **self.fields}
+        return " ".join([one_line(self.message), *(f"{key}={_value(value)}" for key, value in told.items())])
+
+
+class EventLog:
+    """Keeps the last ``max_events`` events, counts all of them by name, and logs each as one line.
+
+    ``logger`` is ``control_plane.events`` unless handed in.
+    """
+
+    def __init__(self, clock: Clock, *, max_events: int = 1_000, logger: logging.Logger | None = None) -> None:
+        self._clock = clock
+        self._ring: deque[Event] = deque(maxlen=max_events)
+        self._logger = logger if logger is not None else logging.getLogger("control_plane.events")
+        self.counts: Counter[str] = Counter()
+
+    def event(self, name: str, message: str, **fields: Any) -> None:
+        happened = Event(self._clock.utc(self._clock.now_s()), name, message, fields)
+        self._ring.append(happened)
+        self.counts[name if name in self.counts or len(self.counts) < MAX_NAMES else "other"] += 1
+        level = level_of(name)
+        if self._logger.isEnabledFor(level):
+            self._logger.log(level, "%s", happened.line())
+
+    def recent(self, limit: int = 100) -> Sequence[Event]:
+        """The last ``limit`` events, newest first."""
+        newest_first = reversed(self._ring)
+        return [event for event, _ in zip(newest_first, range(limit), strict=False)]
+
+
+def level_of(name: str) -> int:
+    return logging.WARNING if any(word in name for word in WARNING_WORDS) else logging.INFO
+
+
+def one_line(text: str) -> str:
+    """Control characters escaped, so that what an engine says cannot forge a line of its own."""
+    return text if text.isprintable() else "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
+def _value(value: object) -> str:
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if text and text.isprintable() and not set(text) & {" ", '"', "="} else json.dumps(text)

@@ -1,0 +1,37 @@
+"""By the latest moment at which starting still meets the deadline."""
+
+from __future__ import annotations
+
+from control_plane.errors import InvalidRequest
+from control_plane.policies.base import SchedulingPolicy
+from control_plane.protocols import FleetView
+from control_plane.types import RequestMetadata
+
+DEFAULT_SLACK_S = 30.0
+#: a request without a target: its slack by class, as a multiple of the default
+CLASS_SLACK = (0.1, 1.0 / 3.0, 1.0, 2.0, 4.0)
+#: a request with a target: what its class adds to or takes from its slack, as a share of it
+CLASS_SHIFT = (-0.2, -0.1, 0.0, 0.1, 0.2)
+
+
+class SLOAwarePolicy(SchedulingPolicy):
+    """key = latest start = arrival + deadline - predicted service, moved by at most a fifth of the slack for its class.
+
+    A TTFT target counts as a deadline for the start too. A request without a target has ``default_slack_s`` times its class's
+    factor, so it ages as all others do. Earliest latest start first is the order that meets all deadlines when any order does; when
+    none does, requests whose latest start has passed are relegated behind the rest instead of making the next ones late as well.
+    """
+
+    name: str = "slo_aware"
+    relegates = True
+
+    def __init__(self, default_slack_s: float = DEFAULT_SLACK_S) -> None:
+        if not 0.0 < default_slack_s < float("inf"):
+            raise InvalidRequest(f"default_slack_s {default_slack_s!r} must be a finite number of seconds above 0", param="default_slack_s")
+        self.default_slack_s = default_slack_s
+
+    def key(self, request: RequestMetadata, arrival_s: float, view: FleetView) -> float:
+        if request.slo_deadline_ms is None and request.ttft_slo_ms is None:
+            return arrival_s + self.default_slack_s * CLASS_SLACK[request.priority]
+        latest_s = self.latest_start_s(request, arrival_s, view)
+        return latest_s + CLASS_SHIFT[request.priority] * max(0.0, latest_s - arrival_s)

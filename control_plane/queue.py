@@ -1,0 +1,375 @@
+"""The waiting requests: lanes of heaps, bounded by count and bytes.
+
+Requests that the same instances may serve share a lane; a lane is a heap by (key, order of acceptance) and a second heap for the
+relegated, whose latest start has passed. Removal is lazy: an entry counts while it carries the number that its job was last put in
+under, and a lane that is more than half dead is compacted. All operations are O(log n) in the length of a lane.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from control_plane.errors import ConfigurationError, QueueFull
+from control_plane.job import Job, LaneKey
+from control_plane.protocols import FleetView
+from control_plane.types import ExecutionInstance, RequestMetadata
+from control_plane.view import NoPrefixes
+
+MAX_QUEUED_REQUESTS = 10_000
+MAX_QUEUED_BYTES = 1 << 30
+#: while both wait, one of so many starts of a lane is a relegated request, so that none of them starves
+RELEGATED_TURN = 16
+#: weight of one start in a lane's mean wait
+WAIT_WEIGHT = 0.1
+COMPACT_ABOVE = 64
+#: waiting requests looked at for a QueueState, so that a review's cost has a bound
+STATE_SAMPLE = 1024
+MAX_RETRY_AFTER_S = 60.0
+
+#: (key, seq, entry number, job); the number is unique, so jobs are never compared
+_Entry = tuple[float, int, int, Job]
+
+
+class QueueOrder(Protocol):
+    """The part of a scheduling policy that the queue needs."""
+
+    def key(self, request: RequestMetadata, arrival_s: float, view: FleetView) -> float: ...
+    def latest_start_s(self, request: RequestMetadata, arrival_s: float, view: FleetView) -> float: ...
+    def slack_s(self, job: Job, now_s: float, present_wait_s: float) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class QueueState:
+    """What an adaptive policy looks at. Shares are in [0, 1]; ``utilisation`` is of the usable instances."""
+
+    now_s: float
+    queued: int = 0
+    oldest_wait_s: float = 0.0
+    deadline_share: float = 0.0
+    distinct_priorities: int = 0
+    predicted_wait_s: float = 0.0
+    utilisation: float = 0.0
+    misses_lately: int = 0
+    prices_differ: bool = False
+
+
+def set_key(job: Job, policy: QueueOrder, view: FleetView) -> None:
+    """Give a job the policy's key and its latest start, before it is pushed. Raises ConfigurationError for a key that is no number."""
+    key = policy.key(job.request, job.arrival_s, view)
+    if key != key:
+        raise ConfigurationError(f"the policy's key of request {job.request_id} is not a number", param="scheduling_policy")
+    job.key = key
+    job.latest_start_s = policy.latest_start_s(job.request, job.arrival_s, view)
+
+
+def relative_slack_s(job: Job, now_s: float, present_wait_s: float, patience: float = 1.0) -> float:
+    """How long a job may still be passed: until its latest start, without one until it has waited ``1 + patience`` times the wait
+    that its lane's requests have at present, so the bound grows and shrinks with the queue."""
+    if job.latest_start_s < math.inf:
+        return job.latest_start_s - now_s
+    return job.arrival_s + (1.0 + patience) * present_wait_s - now_s
+
+
+class _Lane:
+    __slots__ = ("key", "late", "live", "live_late", "main", "since_late", "wait_s")
+
+    def __init__(self, key: LaneKey) -> None:
+        self.key = key
+        self.main: list[_Entry] = []
+        self.late: list[_Entry] = []
+        self.live = 0
+        self.live_late = 0
+        #: starts since the last relegated one
+        self.since_late = 0
+        #: mean wait of the requests started lately
+        self.wait_s = 0.0
+
+    @property
+    def late_has_turn(self) -> bool:
+        return self.live_late > 0 and (self.live == self.live_late or self.since_late >= RELEGATED_TURN - 1)
+
+
+class RequestQueue:
+    """Every accepted request that has not been sent.
+
+    ``push`` refuses with QueueFull; ``requeue`` does not (what was accepted stays accepted). Iteration yields the requests in the
+    order in which they would start, over a snapshot.
+    """
+
+    def __init__(self, max_requests: int = MAX_QUEUED_REQUESTS, max_bytes: int = MAX_QUEUED_BYTES) -> None:
+        for name, value in (("max_requests", max_requests), ("max_bytes", max_bytes)):
+            if value < 1:
+                raise ConfigurationError(f"{name} {value} is below 1", param=name)
+        self.max_requests = max_requests
+        self.max_bytes = max_bytes
+        self.bytes = 0
+        self._lanes: dict[LaneKey, _Lane] = {}
+        #: each waiting job and the number of its valid entry, in order of acceptance
+        self._numbers: dict[Job, int] = {}
+        self._due: list[tuple[float, int, Job]] = []
+        self._next_number = itertools.count(1).__next__
+        self._next_seq = itertools.count(1).__next__
+
+    # -- in and out --------------------------------------------------------------------------------------------------------------
+
+    def push(self, job: Job) -> None:
+        """Accept a job whose key is set. Raises QueueFull when it would pass ``max_requests`` or ``max_bytes``."""
+        assert not job.queued, "a job is pushed once"
+        size = len(job.wire.body)
+        if len(self._numbers) >= self.max_requests:
+            raise self._full(f"{len(self._numbers)} requests are waiting, the most that may")
+        if self.bytes + size > self.max_bytes:
+            raise self._full(f"{self.bytes} bytes of requests are waiting; {size} more would pass {self.max_bytes}")
+        job.seq = self._next_seq()
+        self._put(job)
+
+    def requeue(self, job: Job) -> None:
+        """Put a job back with its old key and place in the order of acceptance; its lane may have changed."""
+        if job.queued:
+            return
+        job.relegated = False
+        if not job.seq:
+            job.seq = self._next_seq()
+        self._put(job)
+
+    def remove(self, job: Job) -> bool:
+        """Take a job out (cancelled, expired); False when it is not waiting."""
+        if not job.queued:
+            return False
+        self._forget(job)
+        lane = self._lanes[job.lane]
+        lane.live -= 1
+        if job.relegated:
+            lane.live_late -= 1
+        self._tidy(lane)
+        return True
+
+    def pop(self, job: Job, now_s: float | None = None) -> Job:
+        """Take a job out to start it now: its wait counts towards the lane's present wait, its turn towards the relegated."""
+        lane = self._lanes[job.lane]
+        lane.since_late = 0 if job.relegated else lane.since_late + 1
+        if now_s is not None:
+            lane.wait_s += WAIT_WEIGHT * (now_s - job.arrival_s - lane.wait_s)
+        self.remove(job)
+        return job
+
+    def _put(self, job: Job) -> None:
+        lane = self._lanes.get(job.lane)
+        if lane is None:
+            lane = self._lanes[job.lane] = _Lane(job.lane)
+        number = self._next_number()
+        self._numbers[job] = number
+        heapq.heappush(lane.main, (job.key, job.seq, number, job))
+        lane.live += 1
+        self.bytes += len(job.wire.body)
+        job.queued = True
+        if job.latest_start_s < math.inf:
+            heapq.heappush(self._due, (job.latest_start_s, number, job))
+
+    def _forget(self, job: Job) -> None:
+        del self._numbers[job]
+        self.bytes -= len(job.wire.body)
+        job.queued = False
+
+    def _tidy(self, lane: _Lane) -> None:
+        if not lane.live:
+            del self._lanes[lane.key]
+            return
+        numbers = self._numbers
+        if len(lane.main) + len(lane.late) > max(COMPACT_ABOVE, 2 * lane.live):
+            for heap in (lane.main, lane.late):
+                heap[:] = [entry for entry in heap if numbers.get(entry[3]) == entry[2]]
+                heapq.heapify(heap)
+        if len(self._due) > max(COMPACT_ABOVE, 2 * len(numbers)):
+            self._due = [entry for entry in self._due if numbers.get(entry[2]) == entry[1]]
+            heapq.heapify(self._due)
+
+    def _full(self, why: str) -> QueueFull:
+        wait_s = max((lane.wait_s for lane in self._lanes.values()), default=0.0)
+        return QueueFull(f"the queue is full: {why}", retry_after_s=min(MAX_RETRY_AFTER_S, max(1.0, wait_s)))
+
+    # -- looking -----------------------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[RequestMetadata]:
+        for job in self.jobs():
+            yield job.request
+
+    def __contains__(self, item: object) -> bool:
+        if isinstance(item, Job):
+            return item in self._numbers
+        return any(job.request is item for job in self._numbers)
+
+    def jobs(self) -> list[Job]:
+        """A snapshot in the order of starting: by key, the relegated last."""
+        return sorted(self._numbers, key=lambda job: (job.relegated, job.key, job.seq))
+
+    @property
+    def lanes(self) -> list[LaneKey]:
+        """Those with waiting requests; a snapshot."""
+        return list(self._lanes)
+
+    def lane_length(self, lane: LaneKey) -> int:
+        found = self._lanes.get(lane)
+        return found.live if found is not None else 0
+
+    def present_wait_s(self, lane: LaneKey) -> float:
+        """Mean wait of the requests that this lane started lately; 0.0 before it started any."""
+        found = self._lanes.get(lane)
+        return found.wait_s if found is not None else 0.0
+
+    def head(self, lane: LaneKey) -> Job | None:
+        """Who is next there: the smallest key, every RELEGATED_TURN-th time the first of the relegated."""
+        found = self._lanes.get(lane)
+        return None if found is None else self._top(found.late if found.late_has_turn else found.main)
+
+    def window(self, lane: LaneKey, n: int) -> list[Job]:
+        """The first ``n`` waiting jobs of a lane in the order of starting."""
+        found = self._lanes.get(lane)
+        if found is None or n < 1:
+            return []
+        heaps = (found.late, found.main) if found.late_has_turn else (found.main, found.late)
+        jobs = self._first(heaps[0], n)
+        return jobs if len(jobs) >= n else jobs + self._first(heaps[1], n - len(jobs))
+
+    def _top(self, heap: list[_Entry]) -> Job | None:
+        numbers = self._numbers
+        while heap:
+            entry = heap[0]
+            if numbers.get(entry[3]) == entry[2]:
+                return entry[3]
+            heapq.heappop(heap)
+        return None
+
+    def _first(self, heap: list[_Entry], n: int) -> list[Job]:
+        """The ``n`` smallest live entries, by walking down from the root: the heap stays as it is."""
+        if self._top(heap) is None:
+            return []
+        numbers, size = self._numbers, len(heap)
+        frontier = [(heap[0], 0)]
+        found: list[Job] = []
+        while frontier and len(found) < n:
+            entry, at = heapq.heappop(frontier)
+            if numbers.get(entry[3]) == entry[2]:
+                found.append(entry[3])
+            for child in (2 * at + 1, 2 * at + 2):
+                if child < size:
+                    heapq.heappush(frontier, (heap[child], child))
+        return found
+
+    # -- choosing ----------------------------------------------------------------------------------------------------------------
+
+    def choose(self, lane: LaneKey, instance: ExecutionInstance, view: FleetView, window: int, policy: QueueOrder) -> Job | None:
+        """Which of the first ``window`` jobs of a lane to start on an instance with room; None for an empty lane. Changes nothing.
+
+        The one with the greatest (milliseconds saved here by a cached prefix - cost of passing those before it). Passing delays a
+        request by the chosen one's work, which costs that delay times the share of its slack that the delay uses up; nobody is
+        passed whose slack is used up. A window of 1 is the strict order, and so is a fleet of which no cached prefix is known.
+        """
+        found = self._lanes.get(lane)
+        if found is None or window <= 1 or found.live <= 1 or found.late_has_turn or isinstance(view.prefixes, NoPrefixes):
+            return self.head(lane)
+        return _best_of(self.window(lane, window), found.wait_s, policy, instance, view)
+
+    # -- changing the order ------------------------------------------------------------------------------------------------------
+
+    def relegate_due(self, now_s: float) -> list[Job]:
+        """Move the jobs whose latest start has passed behind the others of their lane; returns those moved."""
+        moved: list[Job] = []
+        while self._due and self._due[0][0] < now_s:
+            _, number, job = heapq.heappop(self._due)
+            if self._numbers.get(job) != number or job.relegated:
+                continue
+            lane = self._lanes[job.lane]
+            if not lane.live_late:
+                lane.since_late = 0
+            job.relegated = True
+            self._numbers[job] = fresh = self._next_number()
+            heapq.heappush(lane.late, (job.key, job.seq, fresh, job))
+            lane.live_late += 1
+            moved.append(job)
+        return moved
+
+    def rekey(self, policy: QueueOrder, view: FleetView) -> None:
+        """Order everything anew by another policy.
+
+        Equal keys keep the order of acceptance; the relegated are judged again. Raises what the policy's ``key`` raises and
+        ConfigurationError for a key that is no number, and then nothing has changed.
+        """
+        fresh = [
+            (job, policy.key(job.request, job.arrival_s, view), policy.latest_start_s(job.request, job.arrival_s, view))
+            for job in self._numbers
+        ]
+        for job, key, _ in fresh:
+            if key != key:
+                raise ConfigurationError(f"the policy's key of request {job.request_id} is not a number", param="scheduling_policy")
+        for lane in self._lanes.values():
+            lane.main, lane.late, lane.live_late, lane.since_late = [], [], 0, 0
+        for job, key, latest_start_s in fresh:
+            job.key, job.latest_start_s, job.relegated = key, latest_start_s, False
+            self._lanes[job.lane].main.append((key, job.seq, self._numbers[job], job))
+        for lane in self._lanes.values():
+            heapq.heapify(lane.main)
+        self._due = [(job.latest_start_s, number, job) for job, number in self._numbers.items() if job.latest_start_s < math.inf]
+        heapq.heapify(self._due)
+
+    def state(
+        self,
+        now_s: float,
+        *,
+        predicted_wait_s: float = 0.0,
+        utilisation: float = 0.0,
+        misses_lately: int = 0,
+        prices_differ: bool = False,
+    ) -> QueueState:
+        """The queue as an adaptive policy sees it, its shares from the STATE_SAMPLE accepted first; the caller adds what the fleet and
+        the outcomes tell."""
+        sample = list(itertools.islice(self._numbers, STATE_SAMPLE))
+        with_target = sum(1 for job in sample if job.latest_start_s < math.inf)
+        return QueueState(
+            now_s=now_s,
+            queued=len(self._numbers),
+            oldest_wait_s=now_s - sample[0].arrival_s if sample else 0.0,
+            deadline_share=with_target / len(sample) if sample else 0.0,
+            distinct_priorities=len({job.request.priority for job in sample}),
+            predicted_wait_s=predicted_wait_s,
+            utilisation=utilisation,
+            misses_lately=misses_lately,
+            prices_differ=prices_differ,
+        )
+
+
+def _best_of(jobs: list[Job], wait_s: float, policy: QueueOrder, instance: ExecutionInstance, view: FleetView) -> Job | None:
+    best: Job | None = None
+    best_gain_ms = -math.inf
+    now_s = view.now_s
+    # sum over those before of 1 / slack: passing all of them with d ms of work costs d * d times this
+    pressure_per_ms = 0.0
+    for job in jobs:
+        gain_ms = _gain_ms(job.request, instance, view, pressure_per_ms)
+        if gain_ms > best_gain_ms:
+            best, best_gain_ms = job, gain_ms
+        slack_s = policy.slack_s(job, now_s, wait_s)
+        if slack_s <= 0.0:
+            break
+        pressure_per_ms += 1.0 / (1000.0 * slack_s)
+    return best
+
+
+def _gain_ms(request: RequestMetadata, instance: ExecutionInstance, view: FleetView, pressure_per_ms: float) -> float:
+    cached = view.prefixes.cached_tokens(request, instance)
+    if not cached:
+        return 0.0 if pressure_per_ms == 0.0 else -math.inf
+    predictor = view.predictor
+    tokens = predictor.input_tokens(request)
+    work_ms = predictor.prefill_ms(instance, max(0, tokens - cached))
+    saved_ms = predictor.prefill_ms(instance, tokens) - work_ms
+    work_ms += predictor.output_tokens(request) * predictor.tpot_ms(instance) / (instance.active_requests + 1)
+    return saved_ms - work_ms * work_ms * pressure_per_ms

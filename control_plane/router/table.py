@@ -1,0 +1,44 @@
+"""The table of routing strategies, and making one by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from random import Random
+
+from control_plane.loading import load_object, unknown_name
+from control_plane.router.affinity import Affinity
+from control_plane.router.base import RoutingStrategy
+from control_plane.router.foreign import ForeignStrategy
+from control_plane.router.least_response_time import LeastResponseTime
+from control_plane.router.load_balanced import LoadBalanced
+from control_plane.router.locality import Locality
+from control_plane.router.power_of_two import PowerOfTwo
+from control_plane.router.random_choice import RandomChoice
+from control_plane.router.round_robin import RoundRobin
+
+#: each makes a strategy with the randomness it is handed
+ROUTERS: dict[str, Callable[[Random], RoutingStrategy]] = {
+    LoadBalanced.name: LoadBalanced,
+    RoundRobin.name: lambda rng: RoundRobin(),
+    RandomChoice.name: RandomChoice,
+    PowerOfTwo.name: PowerOfTwo,
+    LeastResponseTime.name: LeastResponseTime,
+    Affinity.name: lambda rng: Affinity(),
+    Locality.name: lambda rng: Locality(),
+}
+
+
+def create_strategy(strategy: object, rng: Random | None = None) -> RoutingStrategy:
+    """A strategy from its name in the table, ``module:Class``, a class, or an object (a subclass of ours is returned as it is, another
+    is wrapped). ``rng`` None: seeded with 0. Raises InvalidRequest (``param="routing_strategy"``) that names the nearest name."""
+    made = strategy
+    if isinstance(strategy, str):
+        known = ROUTERS.get(strategy)
+        if known is not None:
+            return known(rng if rng is not None else Random(0))
+        if ":" not in strategy:
+            raise unknown_name(strategy, ROUTERS, "routing_strategy")
+        made = load_object(strategy, "routing_strategy")
+    elif isinstance(strategy, type):
+        made = strategy()
+    return made if isinstance(made, RoutingStrategy) else ForeignStrategy(made)

@@ -1,0 +1,262 @@
+"""``/v1/chat/completions``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from control_plane.sim_engine.choices import Choice
+from control_plane.sim_engine.errors import invalid
+from control_plane.sim_engine.fields import SAMPLING, Body, boolean, check, integer, listing, parse
+from control_plane.sim_engine.logprobs import chat_logprobs, prompt_logprobs
+from control_plane.sim_engine.params import forced_text, options
+from control_plane.sim_engine.replies import Json, Reply, StreamReply, sse
+from control_plane.sim_engine.tools import ToolCall, chosen_tool
+from control_plane.sim_engine.words import Generation
+
+if TYPE_CHECKING:
+    from control_plane.sim_engine.engine import SimEngine
+    from control_plane.transport import Exchange
+
+FIELDS: Final = {
+    **SAMPLING,
+    "messages": listing,
+    "logprobs": boolean,
+    "top_logprobs": integer,
+    "max_completion_tokens": integer,
+    "tools": listing,
+    "add_generation_prompt": boolean,
+    "continue_final_message": boolean,
+}
+
+
+def chat_completions(engine: SimEngine, exchange: Exchange) -> None:
+    """Raises ApiError or PlainError."""
+    body = parse(exchange.header(b"content-type"), exchange.body)
+    if body.get("continue_final_message") and body.get("add_generation_prompt"):
+        raise invalid("Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
+    forced = forced_text(body)
+    tool = chosen_tool(body)
+    _check_logprobs(body)
+    stream_options_without_stream(body)
+    body = check(body, FIELDS, ("messages",))
+    engine.check_model(body)
+    start_chat(engine, exchange, body, forced, tool)
+
+
+def start_chat(engine: SimEngine, exchange: Exchange, body: Body, forced: str | None, tool: ToolCall | None) -> None:
+    logprobs = None
+    if body.get("logprobs"):
+        logprobs = body.get("top_logprobs") or 0
+    wanted = options(body, logprobs=logprobs)
+    tools = body.get("tools")
+    prompt = engine.prompts.chat(
+        body["messages"],
+        tools,
+        generation=body.get("add_generation_prompt", True) is not False,
+        continued=bool(body.get("continue_final_message")),
+    )
+    prompt = engine.truncate(prompt, body)
+    limit = body.get("max_completion_tokens")
+    limit = body.get("max_tokens") if limit is None else limit
+    sampling = engine.sampling(body, prompt, limit, tool.text if tool else forced)
+    request_id = "chatcmpl-" + engine.request_id(exchange, body)
+    reply = (ChatStream if wanted.stream else ChatReply)(engine, exchange, request_id, wanted)
+    reply.tool = tool
+    if wanted.echo:
+        reply.echoed = _last_text(body["messages"])
+    reply.start(engine.choices(reply, [prompt], sampling, wanted))
+
+
+def stream_options_without_stream(body: Body) -> None:
+    if body.get("stream_options") and not body.get("stream"):
+        raise invalid("Stream options can only be defined when `stream=True`.", "stream_options")
+
+
+def _check_logprobs(body: Body) -> None:
+    top = body.get("top_logprobs")
+    if top is None:
+        return
+    if not isinstance(top, (int, float)):
+        raise invalid("`top_logprobs` must be an integer.", "top_logprobs", top)
+    if top < -1:
+        raise invalid("`top_logprobs` must be a positive value or -1.", "top_logprobs", top)
+    if top and not body.get("logprobs"):
+        raise invalid("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
+
+
+def _last_text(messages: list[Any]) -> str:
+    last = messages[-1]
+    content = last.get("content") if last.get("role") == "assistant" else None
+    return content if isinstance(content, str) else ""
+
+
+def usage(reply: Reply) -> Json:
+    prompt, completion = reply.prompt_tokens, reply.completion_tokens
+    details = {"cached_tokens": reply.cached_tokens, "created_cache_tokens": reply.written_tokens, "multimodal_tokens": None}
+    return {
+        "prompt_tokens": prompt,
+        "total_tokens": prompt + completion,
+        "completion_tokens": completion,
+        "prompt_tokens_details": details,
+        "completion_tokens_details": None,
+    }
+
+
+class ChatReply(Reply):
+    """The unary answer."""
+
+    __slots__ = ("echoed", "tool")
+
+    tool: ToolCall | None
+    echoed: str
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.tool = None
+        self.echoed = ""
+
+    def body(self) -> Json:
+        first = self.choices[0]
+        wants_prompt = self.options.prompt_logprobs is not None
+        return {
+            "id": self.id,
+            "object": "chat.completion",
+            "created": self.created,
+            "model": self.engine.model_name,
+            "choices": [self._choice(choice) for choice in self.choices],
+            "service_tier": None,
+            "system_fingerprint": self.engine.fingerprint,
+            "usage": usage(self),
+            "prompt_logprobs": prompt_logprobs(self.engine.tokenizer, first.prompt_ids) if wants_prompt else None,
+            "prompt_token_ids": first.prompt_ids if self.options.return_token_ids else None,
+            "prompt_text": None,
+            "kv_transfer_params": None,
+            "ec_transfer_params": None,
+            "metrics": None,
+        }
+
+    def _choice(self, choice: Choice) -> Json:
+        generation = choice.generation
+        assert generation is not None
+        tokenizer, options = self.engine.tokenizer, self.options
+        called = self.tool if generation.finish_reason == "stop" else None
+        message: Json = {
+            "role": "assistant",
+            "content": "" if called else self.echoed + generation.text(tokenizer),
+            "refusal": None,
+            "annotations": None,
+            "audio": None,
+            "function_call": None,
+            "reasoning": None,
+        }
+        if called:
+            message["tool_calls"] = [called.whole(self.engine.hex_id())]
+        logprobs = None if options.logprobs is None else chat_logprobs(tokenizer, generation.ids, 0, options.logprobs)
+        return {
+            "index": choice.index,
+            "message": message,
+            "logprobs": logprobs,
+            "finish_reason": called.finish_reason if called else generation.finish_reason,
+            "stop_reason": generation.stop_reason,
+            "token_ids": generation.ids if options.return_token_ids else None,
+            "routed_experts": None,
+        }
+
+
+class ChatStream(StreamReply):
+    """The answer as events."""
+
+    __slots__ = ("_frame", "_greeted", "echoed", "tool")
+
+    tool: ToolCall | None
+    echoed: str
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.tool = None
+        self.echoed = ""
+        self._greeted = False
+        self._frame = {
+            "id": self.id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.engine.model_name,
+        }
+
+    def events(self, choice: Choice, generation: Generation, text: str, first: int, count: int, last: bool) -> bytes:
+        data = b"" if self._greeted else self._greeting()
+        deltas = self._deltas(choice, text)
+        options = self.options
+        if not last and not deltas and options.logprobs is None and not options.return_token_ids:
+            return data
+        for delta in deltas[:-1]:
+            data += self._event(choice, {"delta": delta, "logprobs": None, "finish_reason": None, "token_ids": None}, count)
+        body: Json = {"delta": deltas[-1] if deltas else {}, "logprobs": None, "finish_reason": None}
+        if options.logprobs is not None:
+            body["logprobs"] = chat_logprobs(self.engine.tokenizer, generation.ids[first:count], first, options.logprobs)
+        if last:
+            called = self.tool if generation.finish_reason == "stop" else None
+            body["finish_reason"] = called.finish_reason if called else generation.finish_reason
+            body["stop_reason"] = generation.stop_reason
+        body["token_ids"] = generation.ids[first:count] if options.return_token_ids else None
+        return data + self._event(choice, body, count, last)
+
+    def _greeting(self) -> bytes:
+        """The first event of each choice, with the role."""
+        self._greeted = True
+        prompt_ids = self.choices[0].prompt_ids if self.options.return_token_ids else None
+        data = b""
+        for choice in self.choices:
+            body = {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+            event = {**self._frame, "choices": [body], **self._usage(0), "prompt_token_ids": prompt_ids, "prompt_text": None}
+            data += sse(event)
+        if self.echoed:
+            for choice in self.choices:
+                body = {"index": choice.index, "delta": {"content": self.echoed}, "logprobs": None, "finish_reason": None}
+                data += sse({**self._frame, "choices": [body], **self._usage(0)})
+        return data
+
+    def _deltas(self, choice: Choice, text: str) -> list[Json]:
+        if self.tool is not None:
+            return self.tool.deltas(choice.chars_sent, text, self.engine.hex_id())
+        return [{"content": text}] if text else []
+
+    def _event(self, choice: Choice, body: Json, count: int, last: bool = False) -> bytes:
+        event = {**self._frame, "choices": [{"index": choice.index, **body}]}
+        if last and not self.options.include_usage:
+            event["system_fingerprint"] = self.engine.fingerprint
+        event.update(self._usage(count))
+        return sse(event)
+
+    def _usage(self, count: int) -> Json:
+        if not self.options.continuous_usage:
+            return {}
+        prompt = self.choices[0].prompt_tokens
+        total = prompt + count
+        return {
+            "usage": {"prompt_tokens": prompt, "total_tokens": total, "completion_tokens": count, "completion_tokens_details": None},
+        }
+
+    def make_quick(self, choice: Choice, generation: Generation) -> bool:
+        if not self.plain(generation) or self.tool is not None:
+            return False
+        frame = msgspec.json.encode(self._frame)[:-1]
+        choice.head = b'data: %b,"choices":[{"index":%d,"delta":{"content":"' % (frame, choice.index)
+        choice.tail = b'"},"logprobs":null,"finish_reason":null,"token_ids":null}]}\n\n'
+        return True
+
+    def closing(self) -> bytes:
+        if not self.options.include_usage:
+            return b"data: [DONE]\n\n"
+        prompt, completion = self.prompt_tokens, self.completion_tokens
+        details = {"cached_tokens": self.cached_tokens, "created_cache_tokens": self.written_tokens}
+        counts = {
+            "prompt_tokens": prompt,
+            "total_tokens": prompt + completion,
+            "completion_tokens": completion,
+            "prompt_tokens_details": details,
+        }
+        event = {**self._frame, "choices": [], "usage": counts, "system_fingerprint": self.engine.fingerprint}
+        return sse(event) + b"data: [DONE]\n\n"

@@ -1,0 +1,284 @@
+"""The simulated engine as a server: one model, one pump, vLLM's paths."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+from email.utils import format_datetime
+from random import Random
+from typing import Any, Final
+
+import msgspec
+import xxhash
+
+from control_plane.clock import Clock, SystemClock
+from control_plane.engines.model import EngineModel
+from control_plane.errors import ConfigurationError
+from control_plane.roofline import EngineProfile
+from control_plane.roofline import profile as named_profile
+from control_plane.sim_engine.choices import Choice
+from control_plane.sim_engine.errors import ApiError, PlainError, too_long, unknown_model
+from control_plane.sim_engine.fields import Body
+from control_plane.sim_engine.metrics import EngineMetrics
+from control_plane.sim_engine.params import Options, sampling
+from control_plane.sim_engine.prompts import Prompts
+from control_plane.sim_engine.pump import Pump
+from control_plane.sim_engine.replies import Reply
+from control_plane.sim_engine.routes import KINDS, find_route
+from control_plane.sim_engine.tokens import Tokenizer
+from control_plane.sim_engine.words import Sampling, Speaker
+from control_plane.transport import Exchange, HttpServer
+
+VLLM_VERSION: Final = "0.32.0"
+#: paths that vLLM's own request counter leaves out
+_UNCOUNTED: Final = frozenset({"/health", "/metrics", "/ping", "/version", "/load"})
+Header = tuple[bytes, bytes]
+
+
+class SimEngine:
+    """An engine of one profile that answers as vLLM does and takes the time that the profile says, divided by ``speed``.
+
+    Args:
+        profile: a profile, or the name of one (``GPU[xTP]-MODEL``).
+        model_name: the name it serves; the profile's model by default.
+        speed: model seconds per real second.
+        seed: of its ids and of the jitter. Texts do not depend on it: all engines say the same.
+        kind: ``generate``, or ``embedding`` (embeddings, rerank, score, classify, pooling; no generation).
+        scheduling_policy: ``fcfs`` or ``priority``.
+        max_model_len: longest context in tokens, if less than the profile's.
+        prefix_caching: keep prefix blocks.
+        responses_store: keep answers of ``/v1/responses`` (``VLLM_ENABLE_RESPONSES_API_STORE=1`` in vLLM; off there and here).
+        jitter: sigma of the lognormal noise on step times.
+
+    Faults for tests: :meth:`hang` and :meth:`resume`, :meth:`fail_next`, :attr:`cut_streams_after`, :meth:`abort_all`, :meth:`kill`.
+    """
+
+    def __init__(
+        self,
+        profile: str | EngineProfile = "h100-llama3-8b",
+        model_name: str | None = None,
+        *,
+        speed: float = 1.0,
+        seed: int = 0,
+        kind: str = "generate",
+        scheduling_policy: str = "fcfs",
+        max_model_len: int | None = None,
+        prefix_caching: bool = True,
+        responses_store: bool = False,
+        jitter: float = 0.0,
+        clock: Clock | None = None,
+    ) -> None:
+        if not speed > 0:
+            raise ConfigurationError(f"speed {speed} is not above 0", param="speed")
+        if kind not in KINDS:
+            raise ConfigurationError(f"kind {kind!r} is not one of {', '.join(KINDS)}", param="kind")
+        found = named_profile(profile) if isinstance(profile, str) else profile
+        if max_model_len is not None:
+            found = replace(found, max_model_len_tokens=min(max_model_len, found.max_model_len_tokens))
+        self.profile = found
+        self.model_name = model_name or found.model.name
+        self.kind = kind
+        self.speed = speed
+        self.rng = Random(seed)
+        self.clock = clock or SystemClock()
+        self.fingerprint = f"vllm-{VLLM_VERSION}-simulated"
+        self.context = found.max_model_len_tokens
+        self.responses_store = responses_store
+        #: stored answers of /v1/responses by id, oldest first
+        self.stored: dict[str, Any] = {}
+        self.tokenizer = Tokenizer()
+        self.json_pieces = self.tokenizer.json_pieces
+        self.speaker = Speaker(self.tokenizer)
+        self.prompts = Prompts(self.tokenizer, self.model_name)
+        #: drop the connection of every stream after so many tokens (0: never)
+        self.cut_streams_after = 0
+        self.model = EngineModel(
+            found, scheduling=scheduling_policy, caching=prefix_caching and kind == "generate", rng=self.rng, jitter=jitter
+        )
+        self.metrics = EngineMetrics(self.model, self.model_name, self.clock.utc(self.clock.now_s()).timestamp())
+        self._pump: Pump | None = None
+        self._server: HttpServer | None = None
+        self._replies: set[Reply] = set()
+        self._hanging: list[Exchange] | None = None
+        self._failures: list[int] = []
+        self._date: tuple[int, bytes] = (-1, b"")
+
+    # ------------------------------------------------------------------ life
+
+    async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
+        """Listen. Port 0: any free one, see :attr:`port`."""
+        self._pump = Pump(self.model, self.metrics, asyncio.get_running_loop(), self.speed)
+        self._server = HttpServer(self._handle)
+        await self._server.start(host, port)
+
+    @property
+    def port(self) -> int:
+        return self._running().port
+
+    @property
+    def url(self) -> str:
+        return self._running().url
+
+    async def stop(self, grace_s: float = 0.0) -> None:
+        """Stop listening; answers under way have ``grace_s`` seconds to end."""
+        server, self._server = self._server, None
+        if server is not None:
+            if not grace_s:
+                self.abort_all()
+            await server.stop(grace_s)
+            self.pump.close()
+
+    async def kill(self) -> None:
+        """Be gone at once, as after a crash: every connection dropped, nobody listening."""
+        await self.stop(0.0)
+
+    def abort_all(self) -> None:
+        """Drop the connections of all requests under way, without an answer."""
+        for exchange in [reply.exchange for reply in self._replies] + (self._hanging or []):
+            exchange.abort()
+        for reply in list(self._replies):
+            reply.leave()
+        if self._hanging is not None:
+            self._hanging = []
+
+    def hang(self) -> None:
+        """Accept connections and read requests, but do and answer nothing, as a stopped process does."""
+        if self._hanging is None:
+            self._hanging = []
+            self.pump.halt()
+
+    def resume(self) -> None:
+        """End :meth:`hang`: everything goes on where it stopped."""
+        held, self._hanging = self._hanging or [], None
+        self.pump.proceed()
+        for exchange in held:
+            if not exchange.finished:
+                self._handle(exchange)
+
+    def fail_next(self, count: int, status: int = 500) -> None:
+        """Answer the next ``count`` POST requests with that status."""
+        self._failures += [status] * count
+
+    def _running(self) -> HttpServer:
+        if self._server is None:
+            raise RuntimeError("the engine is not running")
+        return self._server
+
+    @property
+    def pump(self) -> Pump:
+        if self._pump is None:
+            raise RuntimeError("the engine was not started")
+        return self._pump
+
+    # ------------------------------------------------------------------ requests
+
+    def _handle(self, exchange: Exchange) -> None:
+        if self._hanging is not None:
+            self._hanging.append(exchange)
+            return
+        label = "none"
+        try:
+            route = find_route(self.kind, exchange.method, exchange.path)
+            label = route.label
+            if self._failures and exchange.method == "POST":
+                raise ApiError(self._failures.pop(0), "simulated failure")
+            route.run(self, exchange)
+            status = 200
+        except ApiError as error:
+            status = error.status
+            body = error.anthropic() if exchange.path.startswith("/v1/messages") else error.body()
+            exchange.respond(status, self.headers(b"application/json"), body)
+        except PlainError as plain:
+            status = plain.status
+            exchange.respond(status, [*self.headers(b"application/json"), *plain.headers], plain.body())
+        if exchange.path not in _UNCOUNTED:
+            self.metrics.http(label, exchange.method, status)
+
+    def began(self, reply: Reply) -> None:
+        self._replies.add(reply)
+
+    def ended(self, reply: Reply) -> None:
+        self._replies.discard(reply)
+
+    @property
+    def open_requests(self) -> int:
+        """Requests being worked on."""
+        return len(self._replies)
+
+    # ------------------------------------------------------------------ what answers are made of
+
+    def unix_s(self) -> int:
+        return int(self.clock.utc(self.clock.now_s()).timestamp())
+
+    def hex_id(self) -> str:
+        return f"{self.rng.getrandbits(64):016x}"
+
+    def request_id(self, exchange: Exchange, body: Body) -> str:
+        """The caller's own id where it gave one, in a header or in the body."""
+        header = exchange.header(b"x-request-id")
+        return header.decode("latin-1") if header else body.get("request_id") or self.hex_id()
+
+    def headers(self, content_type: bytes | None) -> list[Header]:
+        now_s = self.clock.now_s()
+        if int(now_s) != self._date[0]:
+            self._date = (int(now_s), format_datetime(self.clock.utc(now_s), usegmt=True).encode())
+        headers = [(b"date", self._date[1]), (b"server", b"sim-engine")]
+        if content_type is not None:
+            headers.append((b"content-type", content_type))
+        headers += ((b"vary", b"Origin"), (b"x-simulated", b"1"))
+        return headers
+
+    def stream_headers(self) -> list[Header]:
+        return self.headers(b"text/event-stream; charset=utf-8")
+
+    def load_headers(self, wanted: bytes) -> list[Header]:
+        """The load report that a caller asked for (ORCA)."""
+        waiting, usage = float(self.model.waiting), self.model.kv_usage
+        if wanted.strip().lower() == b"json":
+            report = f'JSON {{"named_metrics": {{"num_requests_waiting": {waiting}, "kv_cache_usage_perc": {usage}}}}}'
+        else:
+            report = f"TEXT named_metrics.num_requests_waiting={waiting}, named_metrics.kv_cache_usage_perc={usage}"
+        return [(b"endpoint-load-metrics", report.encode())]
+
+    def respond_json(self, exchange: Exchange, body: object, extra: Sequence[Header] = ()) -> None:
+        exchange.respond(200, [*self.headers(b"application/json"), *extra], msgspec.json.encode(body))
+
+    def check_model(self, body: Body) -> None:
+        """Raises ApiError when another model than the one served is asked for. None is fine, as in vLLM."""
+        model = body.get("model")
+        if model and model != self.model_name:
+            raise unknown_model(model, self.model_name)
+
+    def truncate(self, prompt: list[int], body: Body) -> list[int]:
+        """The last ``truncate_prompt_tokens`` tokens; -1: as many as the context holds."""
+        keep = body.get("truncate_prompt_tokens")
+        if keep is None:
+            return prompt
+        return prompt[-(self.context if keep < 0 else keep) :]
+
+    def sampling(self, body: Body, prompt: Sequence[int], max_tokens: int | None, forced: str | None) -> Sampling:
+        """Raises ApiError."""
+        if len(prompt) >= self.context:
+            raise too_long(self.context)
+        room = self.context - len(prompt)
+        return sampling(body, max_tokens=max_tokens, room=room, context=self.context, tokenizer=self.tokenizer, forced=forced)
+
+    def choices(self, reply: Reply, prompts: Sequence[Sequence[int]], wanted: Sampling, options: Options) -> list[Choice]:
+        """The sequences of a request: ``n`` for each prompt."""
+        salt = xxhash.xxh3_64_intdigest(options.salt.encode()) if options.salt else 0
+        made: list[Choice] = []
+        for prompt in prompts:
+            for index in range(options.n):
+                choice = Choice(
+                    reply,
+                    len(made),
+                    prompt,
+                    self.speaker.generate(prompt, wanted, index),
+                    block_tokens=self.profile.block_size_tokens,
+                    salt=salt,
+                    priority=options.priority,
+                    limit=wanted.max_tokens,
+                )
+                made.append(choice)
+        return made

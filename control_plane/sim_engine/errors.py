@@ -1,0 +1,82 @@
+"""The error answers of vLLM 0.32, in its three shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+_STATUS_TYPES = {400: "BadRequestError", 404: "NotFoundError", 500: "InternalServerError", 503: "ServiceUnavailableError"}
+
+
+class ApiError(Exception):
+    """An answer that is not 200. ``anthropic()`` gives the shape of ``/v1/messages``."""
+
+    def __init__(self, status: int, message: str, *, kind: str | None = None, param: str | None = None, parsing: bool = False) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = kind or _STATUS_TYPES.get(status, "InternalServerError")
+        self.param = param
+        #: found before the request was understood: these have vLLM's shape on every path
+        self.parsing = parsing
+
+    def body(self) -> bytes:
+        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}
+        return msgspec.json.encode({"error": error})
+
+    def anthropic(self) -> bytes:
+        if self.parsing:
+            return self.body()
+        return msgspec.json.encode({"type": "error", "error": {"type": self.kind, "message": self.message}})
+
+
+class PlainError(Exception):
+    """Starlette's own: ``{"detail": ...}``."""
+
+    def __init__(self, status: int, detail: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.headers = tuple(headers)
+
+    def body(self) -> bytes:
+        return msgspec.json.encode({"detail": self.detail})
+
+
+def invalid(message: str, parameter: str | None = None, value: object = None) -> ApiError:
+    """A value that vLLM refuses after parsing (its VLLMValidationError)."""
+    if parameter is not None:
+        shown = f", value={value}" if value is not None else ""
+        message = f"{message} (parameter={parameter}{shown})"
+    return ApiError(400, message, param=parameter)
+
+
+def unknown_model(model: str, served: str) -> ApiError:
+    return ApiError(404, f"The model `{model}` does not exist. Valid aliases: {served}.", param="model")
+
+
+def too_long(limit: int) -> ApiError:
+    return invalid(
+        f"This model's maximum context length is {limit} tokens. However, your prompt contains at least {limit + 1} input tokens, which "
+        "exceeds this limit even without any output tokens. Please reduce the length of the input prompt.",
+        "input_tokens",
+        limit + 1,
+    )
+
+
+def shown(value: object) -> str:
+    """A value as vLLM prints it in a validation error."""
+    if isinstance(value, dict):
+        return f"<dict of {len(value)} items>"
+    if isinstance(value, list):
+        return f"<list of {len(value)} items>"
+    return str(value)
+
+
+def validation(errors: Sequence[dict[str, Any]]) -> ApiError:
+    """Pydantic's findings as vLLM words them; each has ``type``, ``loc``, ``msg``, ``input`` and perhaps ``ctx``."""
+    many = "s" if len(errors) > 1 else ""
+    lines = "".join(f"\n  {error}" for error in errors)
+    return ApiError(400, f"{len(errors)} validation error{many}:{lines}", kind="Bad Request", param=errors[0]["loc"], parsing=True)

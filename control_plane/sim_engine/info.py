@@ -1,0 +1,90 @@
+"""The small paths: health, version, models, metrics, tokenize."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+from control_plane.sim_engine.errors import shown, validation
+from control_plane.sim_engine.fields import boolean, check, listing, parse, string
+
+if TYPE_CHECKING:
+    from control_plane.sim_engine.engine import SimEngine
+    from control_plane.transport import Exchange
+
+METRICS_TYPE: Final = b"text/plain; version=1.0.0; charset=utf-8"
+
+
+def empty(engine: SimEngine, exchange: Exchange) -> None:
+    exchange.respond(200, engine.headers(None), b"")
+
+
+def version(engine: SimEngine, exchange: Exchange) -> None:
+    engine.respond_json(exchange, {"version": engine.fingerprint.split("-")[1]})
+
+
+def load(engine: SimEngine, exchange: Exchange) -> None:
+    """Always 0, as in vLLM without ``--enable-server-load-tracking``."""
+    engine.respond_json(exchange, {"server_load": 0})
+
+
+def metrics(engine: SimEngine, exchange: Exchange) -> None:
+    exchange.respond(200, engine.headers(METRICS_TYPE), engine.metrics.page())
+
+
+def models(engine: SimEngine, exchange: Exchange) -> None:
+    """One card; beside vLLM's fields it says that the engine is simulated, and by which profile."""
+    now = engine.unix_s()
+    permission = {
+        "id": f"modelperm-{engine.hex_id()}",
+        "object": "model_permission",
+        "created": now,
+        "allow_create_engine": False,
+        "allow_sampling": True,
+        "allow_logprobs": True,
+        "allow_search_indices": False,
+        "allow_view": True,
+        "allow_fine_tuning": False,
+        "organization": "*",
+        "group": None,
+        "is_blocking": False,
+    }
+    card = {
+        "id": engine.model_name,
+        "object": "model",
+        "created": now,
+        "owned_by": "simulated",
+        "root": engine.profile.name,
+        "parent": None,
+        "max_model_len": engine.context,
+        "permission": [permission],
+        "simulated": True,
+    }
+    engine.respond_json(exchange, {"object": "list", "data": [card]})
+
+
+def tokenize(engine: SimEngine, exchange: Exchange) -> None:
+    """Raises ApiError or PlainError."""
+    body = parse(exchange.header(b"content-type"), exchange.body)
+    if "prompt" not in body and "messages" not in body:
+        fields = ("prompt", "messages")
+        text = shown(body)
+        raise validation([{"type": "missing", "loc": f"body.{name}", "msg": "Field required", "input": text} for name in fields])
+    checks = {"model": string, "prompt": string, "messages": listing, "return_token_strs": boolean, "add_generation_prompt": boolean}
+    body = check(body, checks)
+    engine.check_model(body)
+    if "prompt" in body:
+        tokens = engine.tokenizer.encode(body["prompt"])
+    else:
+        generation = body.get("add_generation_prompt", True) is not False
+        tokens = engine.prompts.chat(body["messages"], body.get("tools"), generation=generation)
+    texts = [engine.tokenizer.piece(token).replace(" ", "Ġ").replace("\n", "Ċ") for token in tokens]
+    answer: dict[str, Any] = {"count": len(tokens), "max_model_len": engine.context, "tokens": tokens}
+    answer["token_strs"] = texts if body.get("return_token_strs") else None
+    engine.respond_json(exchange, answer)
+
+
+def detokenize(engine: SimEngine, exchange: Exchange) -> None:
+    """Raises ApiError or PlainError."""
+    body = check(parse(exchange.header(b"content-type"), exchange.body), {"model": string, "tokens": listing}, ("tokens",))
+    engine.check_model(body)
+    engine.respond_json(exchange, {"prompt": engine.tokenizer.decode(body["tokens"])})

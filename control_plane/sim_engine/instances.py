@@ -1,0 +1,106 @@
+"""Texts that satisfy a constraint: the smallest instance of a JSON schema, a match of a regular expression."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+import msgspec
+
+from control_plane.sim_engine.errors import invalid
+
+try:  # the parser of re has been renamed between Python versions
+    from re import _parser as _regex  # type: ignore[attr-defined]
+except ImportError:  # pragma: no cover
+    import sre_parse as _regex
+
+_MAX_DEPTH: Final = 16
+
+
+def instance_json(schema: Any) -> str:
+    """The smallest instance as JSON text, compact."""
+    return msgspec.json.encode(instance(schema, schema)).decode()
+
+
+def instance(schema: Any, root: Any, depth: int = 0) -> Any:
+    """Required properties only, first alternatives, lower bounds. Nesting beyond 16 levels ends in null."""
+    if not isinstance(schema, dict) or depth > _MAX_DEPTH:
+        return None
+    if "const" in schema:
+        return schema["const"]
+    if schema.get("enum"):
+        return schema["enum"][0]
+    if "$ref" in schema:
+        return instance(_resolve(str(schema["$ref"]), root), root, depth + 1)
+    for key in ("anyOf", "oneOf", "allOf"):
+        if schema.get(key):
+            return instance({**schema[key][0], **{k: v for k, v in schema.items() if k != key}}, root, depth + 1)
+    kind = schema.get("type", "object" if "properties" in schema else None)
+    if isinstance(kind, list):
+        kind = kind[0]
+    if kind == "object":
+        properties = schema.get("properties", {})
+        return {name: instance(properties.get(name, {}), root, depth + 1) for name in schema.get("required", ())}
+    if kind == "array":
+        return [instance(schema.get("items", {}), root, depth + 1) for _ in range(min(100, schema.get("minItems", 0)))]
+    return _scalar(kind, schema)
+
+
+def _scalar(kind: Any, schema: dict[str, Any]) -> Any:
+    if kind == "string":
+        text = match(str(schema["pattern"])) if "pattern" in schema else "text"
+        return text.ljust(min(10_000, schema.get("minLength", 0)), "x")[: schema.get("maxLength")]
+    if kind in ("integer", "number"):
+        low = schema.get("minimum", schema.get("exclusiveMinimum", -1) + 1)
+        return max(low, 0) if "maximum" not in schema else min(max(low, 0), schema["maximum"])
+    return {"boolean": True, "null": None}.get(kind, "text")
+
+
+def _resolve(reference: str, root: Any) -> Any:
+    found = root
+    for part in reference.removeprefix("#").split("/"):
+        if part:
+            found = found.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(found, dict) else None
+    return found
+
+
+def match(pattern: str) -> str:
+    """A text that ``pattern`` matches. Raises ApiError when it is no regular expression."""
+    try:
+        parsed = _regex.parse(pattern)
+    except re.error as error:
+        raise invalid(f'Grammar error: invalid regex "{pattern}" (in regex): {error}') from None
+    return _match(parsed)
+
+
+def _match(parsed: Any) -> str:
+    return "".join(_match_one(str(operation).lower(), argument) for operation, argument in parsed)
+
+
+def _match_one(operation: str, argument: Any) -> str:
+    if operation == "literal":
+        return chr(argument)
+    if operation == "in":
+        return _match_set(argument)
+    if operation in ("max_repeat", "min_repeat", "possessive_repeat"):
+        low, _, repeated = argument
+        return _match(repeated) * min(low, 1000)
+    if operation == "subpattern":
+        return _match(argument[-1])
+    if operation == "branch":
+        return _match(argument[1][0])
+    if operation in ("any", "not_literal"):
+        return "b" if argument == ord("a") else "a"
+    return ""
+
+
+def _match_set(choices: Any) -> str:
+    operation, argument = str(choices[0][0]).lower(), choices[0][1]
+    if operation == "negate":
+        refused = {chr(value) for kind, value in choices if str(kind).lower() == "literal"}
+        return next(letter for letter in "abcdefghijklmnopqrstuvwxyz0123456789_ " if letter not in refused)
+    if operation == "range":
+        return chr(argument[0])
+    if operation == "category":
+        return {"category_digit": "0", "category_space": " "}.get(str(argument).lower(), "a")
+    return chr(int(argument))

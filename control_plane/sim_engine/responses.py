@@ -1,0 +1,355 @@
+"""``/v1/responses``: create, stream, retrieve, cancel. Answers are stored only where the engine was told to, as in vLLM."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from control_plane.sim_engine.choices import Choice
+from control_plane.sim_engine.errors import ApiError, invalid
+from control_plane.sim_engine.fields import SAMPLING, Body, boolean, check, integer, mapping, parse, string, string_or_list
+from control_plane.sim_engine.params import forced_text, options
+from control_plane.sim_engine.replies import Json, Reply, StreamReply, named_sse
+from control_plane.sim_engine.tools import ToolCall, chosen_tool
+from control_plane.sim_engine.words import Generation, Sampling
+
+if TYPE_CHECKING:
+    from control_plane.sim_engine.engine import SimEngine
+    from control_plane.transport import Exchange
+
+FIELDS: Final = {
+    **SAMPLING,
+    "input": string_or_list,
+    "instructions": string,
+    "max_output_tokens": integer,
+    "metadata": mapping,
+    "previous_response_id": string,
+    "store": boolean,
+    "background": boolean,
+    "text": mapping,
+}
+MAX_STORED: Final = 1000
+_NO_STORE: Final = (
+    "This vLLM engine does not support `store=True` and therefore does not support the background mode. To enable these features, set "
+    "the environment variable `VLLM_ENABLE_RESPONSES_API_STORE=1` when launching the vLLM server."
+)
+
+
+class Stored:
+    """A kept answer, the messages that led to it, and the reply while it is still worked on in the background."""
+
+    __slots__ = ("body", "messages", "reply")
+
+    def __init__(self, body: Json, messages: list[Any], reply: Reply | None) -> None:
+        self.body = body
+        self.messages = messages
+        self.reply = reply
+
+
+def create(engine: SimEngine, exchange: Exchange) -> None:
+    """Raises ApiError or PlainError."""
+    body = parse(exchange.header(b"content-type"), exchange.body)
+    if body.get("background") and body.get("store", True) is False:
+        raise invalid("background can only be used when `store` is true", "background")
+    body = check(body, FIELDS, ("input",))
+    engine.check_model(body)
+    if body.get("background") and not engine.responses_store:
+        raise ApiError(400, _NO_STORE, kind="invalid_request_error", param="background")
+    messages = _messages(engine, body)
+    tool = chosen_tool({"tools": _chat_tools(body), "tool_choice": _chat_choice(body)}) if body.get("tools") else None
+    wanted = options(body, logprobs=None)
+    prompt = engine.prompts.chat(messages, body.get("tools") or None)
+    sampling = engine.sampling(body, prompt, body.get("max_output_tokens"), tool.text if tool else _forced(body))
+    record = Record(engine, exchange, body, sampling, messages, tool)
+    kind = BackgroundReply if body.get("background") else ResponsesStream if wanted.stream else ResponsesReply
+    reply = kind(engine, exchange, record.id, wanted)
+    reply.record = record
+    reply.start(engine.choices(reply, [prompt], sampling, wanted))
+
+
+def retrieve(engine: SimEngine, exchange: Exchange) -> None:
+    """Raises ApiError."""
+    engine.respond_json(exchange, _find(engine, exchange.path.rsplit("/", 1)[1]).body)
+
+
+def cancel(engine: SimEngine, exchange: Exchange) -> None:
+    """Raises ApiError."""
+    stored = _find(engine, exchange.path.split("/")[-2])
+    if stored.body["status"] not in ("queued", "in_progress"):
+        raise ApiError(400, "Cannot cancel a synchronous response.", kind="invalid_request_error", param="response_id")
+    stored.body["status"] = "cancelled"
+    if stored.reply is not None:
+        stored.reply.leave()
+    engine.respond_json(exchange, stored.body)
+
+
+def _find(engine: SimEngine, name: str) -> Stored:
+    stored: Stored | None = engine.stored.get(name)
+    if stored is None:
+        raise ApiError(404, f"Response with id '{name}' not found.", kind="invalid_request_error", param="response_id")
+    return stored
+
+
+def _messages(engine: SimEngine, body: Body) -> list[Any]:
+    messages: list[Any] = []
+    previous = body.get("previous_response_id")
+    if previous is not None:
+        stored = _find(engine, previous)
+        messages += stored.messages
+        messages += [{"role": "assistant", "content": _text(item)} for item in stored.body["output"]]
+    if body.get("instructions"):
+        messages.insert(0, {"role": "system", "content": body["instructions"]})
+    given = body["input"]
+    if isinstance(given, str):
+        return [*messages, {"role": "user", "content": given}]
+    return messages + [_as_message(item) for item in given]
+
+
+def _as_message(item: Any) -> Any:
+    if not isinstance(item, dict) or "role" in item:
+        return item
+    kind = item.get("type")
+    if kind == "function_call_output":
+        return {"role": "tool", "content": str(item.get("output", ""))}
+    return {"role": "assistant", "content": msgspec.json.encode(item).decode()}
+
+
+def _text(item: Json) -> str:
+    if item["type"] != "message":
+        return msgspec.json.encode(item).decode()
+    return "".join(part["text"] for part in item["content"])
+
+
+def _chat_tools(body: Body) -> list[Json]:
+    return [{"type": "function", "function": tool} for tool in body["tools"] if tool.get("type") == "function"]
+
+
+def _chat_choice(body: Body) -> Any:
+    choice = body.get("tool_choice", "auto")
+    return {"type": "function", "function": {"name": choice.get("name")}} if isinstance(choice, dict) else choice
+
+
+def _forced(body: Body) -> str | None:
+    form = (body.get("text") or {}).get("format")
+    if form is None:
+        return forced_text(body)
+    wrapped = {"type": form.get("type"), "json_schema": {"schema": form.get("schema")}}
+    return forced_text({"response_format": wrapped})
+
+
+class Record:
+    """What a response repeats of its request, and its output when it has one."""
+
+    __slots__ = ("_body", "_created", "_engine", "_sampling", "_tools", "id", "item_id", "messages", "tool")
+
+    def __init__(
+        self, engine: SimEngine, exchange: Exchange, body: Body, sampling: Sampling, messages: list[Any], tool: ToolCall | None
+    ) -> None:
+        self._engine = engine
+        self._body = body
+        self._created = engine.unix_s()
+        self._sampling = sampling
+        self._tools = [_tool_echo(tool) for tool in body.get("tools") or ()]
+        given = engine.request_id(exchange, body)
+        self.id = given if given.startswith("resp_") else f"resp_{given}"
+        self.item_id = f"msg_{engine.hex_id()}"
+        self.messages = messages
+        self.tool = tool
+
+    @property
+    def keeps(self) -> bool:
+        return self._engine.responses_store and self._body.get("store", True) is not False
+
+    def store(self, body: Json, reply: Reply | None = None) -> None:
+        stored = self._engine.stored
+        stored[self.id] = Stored(body, self.messages, reply)
+        while len(stored) > MAX_STORED:
+            del stored[next(iter(stored))]
+
+    def called(self, generation: Generation) -> ToolCall | None:
+        return self.tool if generation.finish_reason == "stop" else None
+
+    def item(self, generation: Generation) -> Json:
+        called = self.called(generation)
+        if called:
+            return call_item(called, self.item_id, called.arguments, "completed")
+        return message_item(self.item_id, generation.text(self._engine.tokenizer), "completed")
+
+    def whole(self, reply: Reply) -> Json:
+        """The finished response."""
+        generation = reply.choices[0].generation
+        assert generation is not None
+        cut = generation.finish_reason == "length"
+        details = {"cached_tokens": reply.cached_tokens, "cache_write_tokens": reply.written_tokens}
+        usage = {
+            "input_tokens": reply.prompt_tokens,
+            "input_tokens_details": {**details, "input_tokens_per_turn": [], "cached_tokens_per_turn": []},
+            "output_tokens": reply.completion_tokens,
+            "output_tokens_details": {
+                "reasoning_tokens": 0,
+                "tool_output_tokens": 0,
+                "output_tokens_per_turn": [],
+                "tool_output_tokens_per_turn": [],
+            },
+            "total_tokens": reply.prompt_tokens + reply.completion_tokens,
+        }
+        return self.body("incomplete" if cut else "completed", [self.item(generation)], usage, cut=cut)
+
+    def body(self, status: str, output: list[Json], usage: Json | None = None, *, cut: bool = False) -> Json:
+        body = self._body
+        temperature, top_p = body.get("temperature"), body.get("top_p")
+        return {
+            "id": self.id,
+            "created_at": self._created,
+            "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+            "instructions": body.get("instructions"),
+            "metadata": body.get("metadata"),
+            "model": self._engine.model_name,
+            "object": "response",
+            "output": output,
+            "parallel_tool_calls": body.get("parallel_tool_calls", True),
+            "temperature": 1.0 if temperature is None else temperature,
+            "tool_choice": body.get("tool_choice", "auto") if self._tools else "none",
+            "tools": self._tools,
+            "top_p": 1.0 if top_p is None else top_p,
+            "background": bool(body.get("background")),
+            "max_output_tokens": self._sampling.max_tokens,
+            "max_tool_calls": body.get("max_tool_calls"),
+            "previous_response_id": body.get("previous_response_id"),
+            "prompt": None,
+            "reasoning": body.get("reasoning"),
+            "service_tier": body.get("service_tier", "auto"),
+            "status": status,
+            "text": _text_echo(body.get("text")),
+            "top_logprobs": None,
+            "truncation": body.get("truncation", "disabled"),
+            "usage": usage,
+            "user": body.get("user"),
+            "presence_penalty": body.get("presence_penalty", 0.0),
+            "frequency_penalty": body.get("frequency_penalty", 0.0),
+            "kv_transfer_params": None,
+            "ec_transfer_params": None,
+            "input_messages": None,
+            "output_messages": None,
+        }
+
+
+def message_item(name: str, text: str | None, status: str) -> Json:
+    content: list[Json] = [] if text is None else [{"annotations": [], "text": text, "type": "output_text", "logprobs": None}]
+    return {"id": name, "content": content, "role": "assistant", "status": status, "type": "message", "phase": None}
+
+
+def call_item(tool: ToolCall, name: str, arguments: str, status: str) -> Json:
+    call_id = name.replace("msg_", "call_")
+    return {"arguments": arguments, "call_id": call_id, "name": tool.name, "type": "function_call", "id": name, "status": status}
+
+
+def _tool_echo(tool: Json) -> Json:
+    names = ("strict", "type", "allowed_callers", "async", "defer_loading", "description", "output_schema")
+    return {"name": tool.get("name"), "parameters": tool.get("parameters"), **{name: tool.get(name) for name in names}}
+
+
+def _text_echo(text: Any) -> Any:
+    form = text.get("format") if isinstance(text, dict) else None
+    if not isinstance(form, dict) or form.get("type") != "json_schema":
+        return text
+    names = ("name", "schema", "type", "description", "strict")
+    return {"format": {name: form.get(name) for name in names}, "verbosity": text.get("verbosity")}
+
+
+class ResponsesReply(Reply):
+    """The unary answer."""
+
+    __slots__ = ("record",)
+
+    record: Record
+
+    def body(self) -> Json:
+        whole = self.record.whole(self)
+        if self.record.keeps:
+            self.record.store(whole)
+        return whole
+
+
+class BackgroundReply(ResponsesReply):
+    """Answered at once as queued; the outcome is to be fetched."""
+
+    __slots__ = ()
+
+    def start(self, choices: list[Choice]) -> None:
+        queued = self.record.body("queued", [])
+        self.record.store(queued, self)
+        self.engine.respond_json(self.exchange, queued)
+        super().start(choices)
+        self.exchange.on_disconnect = None
+
+    def finish(self) -> None:
+        self.record.store(self.record.whole(self))
+
+
+class ResponsesStream(StreamReply):
+    """The answer as events, each with its number."""
+
+    __slots__ = ("_number", "_text", "record")
+
+    record: Record
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._number = 0
+        self._text: list[str] = []
+
+    def events(self, choice: Choice, generation: Generation, text: str, first: int, count: int, last: bool) -> bytes:
+        data = b"" if self._number else self._greeting()
+        if self.record.tool is not None:
+            for delta in self.record.tool.deltas(choice.chars_sent, text, ""):
+                arguments = delta["tool_calls"][0]["function"].get("arguments")
+                if arguments:
+                    data += self._item_event("response.function_call_arguments.delta", delta=arguments)
+        elif text:
+            self._text.append(text)
+            data += self._part_event("response.output_text.delta", delta=text, logprobs=[])
+        return data
+
+    def _event(self, kind: str, fields: Json) -> bytes:
+        """Fields sorted by name, as pydantic's models of these events happen to be."""
+        event = {**fields, "sequence_number": self._number, "type": kind}
+        self._number += 1
+        return named_sse({name: event[name] for name in sorted(event)})
+
+    def _item_event(self, kind: str, **fields: Any) -> bytes:
+        return self._event(kind, {"item_id": self.record.item_id, "output_index": 0, **fields})
+
+    def _part_event(self, kind: str, **fields: Any) -> bytes:
+        return self._item_event(kind, content_index=0, **fields)
+
+    def _greeting(self) -> bytes:
+        record = self.record
+        begun = record.body("in_progress", [])
+        data = self._event("response.created", {"response": begun}) + self._event("response.in_progress", {"response": begun})
+        if record.tool is not None:
+            item = call_item(record.tool, record.item_id, "", "in_progress")
+            return data + self._event("response.output_item.added", {"item": item, "output_index": 0})
+        item = message_item(record.item_id, None, "in_progress")
+        data += self._event("response.output_item.added", {"item": item, "output_index": 0})
+        part: Json = {"annotations": [], "text": "", "type": "output_text", "logprobs": []}
+        return data + self._part_event("response.content_part.added", part=part)
+
+    def closing(self) -> bytes:
+        record = self.record
+        generation = self.choices[0].generation
+        assert generation is not None
+        item = record.item(generation)
+        if record.tool is not None:
+            data = self._item_event("response.function_call_arguments.done", arguments=item.get("arguments", ""), name=record.tool.name)
+        else:
+            text = "".join(self._text)
+            part: Json = {"annotations": [], "text": text, "type": "output_text", "logprobs": None}
+            data = self._part_event("response.output_text.done", logprobs=[], text=text)
+            data += self._part_event("response.content_part.done", part=part)
+        data += self._event("response.output_item.done", {"item": item, "output_index": 0})
+        whole = record.whole(self)
+        if record.keeps:
+            record.store(whole)
+        return data + self._event("response.completed", {"response": whole})

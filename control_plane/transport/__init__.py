@@ -1,0 +1,21 @@
+"""HTTP/1.1 on asyncio protocols and llhttp: the server's side, the client's side, and the coarse timers of both."""
+
+from control_plane.transport.client import ClientCall, HttpClient, Receiver
+from control_plane.transport.exchange import Exchange
+from control_plane.transport.limits import ClientLimits, ServerLimits
+from control_plane.transport.server import Handler, HttpServer
+from control_plane.transport.wheel import Deadline, Timer, TimerWheel
+
+__all__ = [
+    "ClientCall",
+    "ClientLimits",
+    "Deadline",
+    "Exchange",
+    "Handler",
+    "HttpClient",
+    "HttpServer",
+    "Receiver",
+    "ServerLimits",
+    "Timer",
+    "TimerWheel",
+]

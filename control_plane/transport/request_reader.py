@@ -1,0 +1,285 @@
+"""Bytes to requests, for one connection of the server.
+
+llhttp (in its strict mode) parses; :mod:`request_head` refuses what it lets through and a gateway must not. Every byte kept is
+counted against a limit, and a body is held once. After a refusal nothing more is read as a request, so no byte can be taken for the
+start of another one.
+"""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import Any, Final, Protocol
+
+import httptools
+
+from control_plane.transport.limits import ServerLimits
+from control_plane.transport.request_head import Refused, check_framing, check_target, refused_by_parser, without_upgrade
+from control_plane.transport.wire import METHODS
+
+# what of a request has come
+BETWEEN: Final = 0
+IN_HEAD: Final = 1
+IN_BODY: Final = 2
+
+#: bodies announced at least this long go past the parser, which would copy them once more
+BULK_BYTES: Final = 65_536
+
+
+class Receiving:
+    """Bytes of unfinished bodies on all connections of a server."""
+
+    __slots__ = ("total_bytes",)
+
+    def __init__(self) -> None:
+        self.total_bytes = 0
+
+
+class RequestTaker(Protocol):
+    def take_request(
+        self, method: str, target: bytes, headers: list[tuple[bytes, bytes]], body: bytes, keep_alive: bool, http10: bool
+    ) -> None:
+        """A request is complete."""
+
+    def send_continue(self) -> None:
+        """A client waits to be told that it may send its body."""
+
+
+class RequestReader:
+    """Feed it what comes; it calls ``taker.take_request`` for every complete request.
+
+    ``phase`` says how far the next one has come; ``stopped``: whatever comes is no request any more.
+    """
+
+    __slots__ = (
+        "_barren_bytes",
+        "_body",
+        "_bulk_left_bytes",
+        "_head_bytes",
+        "_headers",
+        "_http10",
+        "_keep_alive",
+        "_length",
+        "_limits",
+        "_method",
+        "_more",
+        "_parser",
+        "_received_bytes",
+        "_receiving",
+        "_taker",
+        "_target",
+        "_upgrading",
+        "phase",
+        "stopped",
+    )
+
+    def __init__(self, taker: RequestTaker, limits: ServerLimits, receiving: Receiving) -> None:
+        self._taker = taker
+        self._limits = limits
+        self._receiving = receiving
+        self._parser: Any = httptools.HttpRequestParser(self)
+        self.phase = BETWEEN
+        self.stopped = False
+        self._method = ""
+        self._target = b""
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._http10 = False
+        self._keep_alive = True
+        self._upgrading = False
+        self._length = 0
+        #: the body: its first piece, or all of them
+        self._body = b""
+        self._more: BytesIO | None = None
+        self._received_bytes = 0
+        self._bulk_left_bytes = 0
+        #: fed since the head's start, and since the body last grew
+        self._head_bytes = 0
+        self._barren_bytes = 0
+
+    def feed(self, data: bytes) -> None:
+        """Read on. Raises Refused; from then on the reader is stopped."""
+        if self.stopped:
+            return
+        try:
+            if self._bulk_left_bytes:
+                data = self._take_bulk(data)
+            if self.phase != IN_BODY:
+                data = self._feed_long_head(data)
+            if data:
+                self._feed(data)
+        except httptools.HttpParserError as error:
+            if self.stopped:
+                return
+            self.stop()
+            cause = error.__context__
+            if isinstance(cause, Refused):
+                raise cause from None
+            if isinstance(error, httptools.HttpParserCallbackError) and cause is not None:
+                raise cause from None
+            raise refused_by_parser(str(error)) from None
+        except Refused:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """No more requests: drop what is unfinished."""
+        self.stopped = True
+        self.phase = BETWEEN
+        self._bulk_left_bytes = 0
+        self._headers = []
+        self._forget_body()
+
+    def close(self) -> None:
+        """The connection is gone. (Parser and reader hold each other, so one lets go.)"""
+        self.stop()
+        self._parser = None
+
+    # ---- feeding
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            self._continue_without_upgrade(data[upgrade.args[0] :])
+            return
+        phase = self.phase
+        if phase == IN_HEAD:
+            # of a head that began behind another request, in the same read, this read's part is not counted
+            self._head_bytes = 0 if self._head_bytes < 0 else self._head_bytes + len(data)
+        elif phase == IN_BODY:
+            if self._length >= BULK_BYTES:
+                self._bulk_left_bytes = self._length - self._received_bytes
+            elif self._length < 0:
+                self._bound_overhead(len(data))
+
+    def _feed_long_head(self, data: bytes) -> bytes:
+        """Where this might be more than a head's limit: feed as much as the limit allows, and return the rest."""
+        if self.phase == BETWEEN:
+            self._head_bytes = 0
+        room_bytes = self._limits.max_header_bytes - self._head_bytes
+        if len(data) <= room_bytes:
+            return data
+        self._feed(data[:room_bytes])
+        if self.phase == IN_HEAD and self._head_bytes >= self._limits.max_header_bytes:
+            raise Refused(431, "invalid_request", f"Request line and headers are more than {self._limits.max_header_bytes} bytes.")
+        rest = data[room_bytes:]
+        return self._take_bulk(rest) if self._bulk_left_bytes else rest
+
+    def _take_bulk(self, data: bytes) -> bytes:
+        """Bytes of a long body of known length; returns what comes behind it."""
+        left_bytes = self._bulk_left_bytes
+        piece = data if len(data) <= left_bytes else data[:left_bytes]
+        self._bulk_left_bytes = left_bytes - len(piece)
+        self._append(piece)
+        if not self._bulk_left_bytes:
+            # the old parser still waits for this body
+            self._parser = httptools.HttpRequestParser(self)
+            self._complete()
+        return data[left_bytes:]
+
+    def _bound_overhead(self, fed_bytes: int) -> None:
+        """Chunk extensions and trailers: bytes that do not make the body longer."""
+        self._barren_bytes += fed_bytes
+        if self._barren_bytes > self._limits.max_header_bytes:
+            raise Refused(431, "invalid_request", "Too many bytes of trailers or chunk extensions.")
+
+    def _continue_without_upgrade(self, rest: bytes) -> None:
+        self._upgrading = False
+        head = without_upgrade(self._method, self._target, self._headers, self._http10)
+        self._parser = httptools.HttpRequestParser(self)
+        self._feed(head)
+        if rest and not self.stopped:
+            self._feed(rest)
+
+    # ---- the parser calls
+
+    def on_message_begin(self) -> None:
+        if self.stopped:
+            raise Refused(400, "invalid_request", "Nothing is read any more.")
+        self.phase = IN_HEAD
+        self._target = b""
+        self._headers = []
+
+    def on_url(self, url: bytes) -> None:
+        self._target += url
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # llhttp strips the blanks before a value and leaves those behind it. Trailers are dropped.
+        if self.phase == IN_HEAD:
+            self._headers.append((name.lower(), value.rstrip()))
+
+    def on_headers_complete(self) -> None:
+        parser = self._parser
+        method = METHODS.get(parser.get_method())
+        if method is None:
+            raise Refused(501, "invalid_request", "This method is not served here.")
+        headers = self._headers
+        if len(headers) > self._limits.max_headers:
+            raise Refused(431, "invalid_request", f"More than {self._limits.max_headers} headers.")
+        check_target(method, self._target)
+        framing = check_framing(headers, parser.should_keep_alive(), parser.get_http_version)
+        self._method = method
+        self._length, self._keep_alive, self._http10, asks_upgrade, expects_continue = framing
+        if self._length > self._limits.max_body_bytes:
+            raise self._body_too_large()
+        self._upgrading = asks_upgrade and parser.should_upgrade()
+        self.phase = IN_BODY
+        if expects_continue and not self._upgrading:
+            self._taker.send_continue()
+
+    def on_body(self, data: bytes) -> None:
+        self._barren_bytes = 0
+        if self._received_bytes:
+            self._append(data)
+        else:
+            self._body = data
+            self._received_bytes = len(data)
+            if len(data) > self._limits.max_body_bytes:
+                raise self._body_too_large()
+
+    def on_message_complete(self) -> None:
+        if not self._upgrading:
+            self._complete()
+
+    # ---- the body
+
+    def _append(self, data: bytes) -> None:
+        more = self._more
+        if more is None:
+            more = self._more = BytesIO()
+            more.write(self._body)
+            self._receiving.total_bytes += len(self._body)
+            self._body = b""
+        self._received_bytes += len(data)
+        self._receiving.total_bytes += len(data)
+        if self._received_bytes > self._limits.max_body_bytes:
+            raise self._body_too_large()
+        if self._receiving.total_bytes > self._limits.max_receiving_bytes:
+            raise Refused(503, "too_many_connections", "Too many bytes are being received at once.", 1)
+        more.write(data)
+
+    def _complete(self) -> None:
+        body = self._body
+        if self._received_bytes:
+            if self._more is not None:
+                # the buffer's own bytes: not copied, as nothing else holds them
+                body = self._more.getvalue()
+            self._forget_body()
+        headers = self._headers
+        # the parser holds on to this object until the next head: let it not hold on to the request as well
+        self._headers = []
+        self.phase = BETWEEN
+        self._head_bytes = -1
+        if not self._keep_alive:
+            self.stopped = True
+        self._taker.take_request(self._method, self._target, headers, body, self._keep_alive, self._http10)
+
+    def _forget_body(self) -> None:
+        if self._more is not None:
+            self._receiving.total_bytes -= self._received_bytes
+            self._more = None
+        self._body = b""
+        self._received_bytes = 0
+        self._barren_bytes = 0
+
+    def _body_too_large(self) -> Refused:
+        return Refused(413, "payload_too_large", f"The request body is longer than {self._limits.max_body_bytes} bytes.")

@@ -1,0 +1,143 @@
+"""The HTTP/1.1 server: listens, counts its connections, and calls one function for every complete request."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl as tls
+from collections.abc import Callable
+from typing import Final
+
+from control_plane.transport.connection import ServerConnection
+from control_plane.transport.exchange import Exchange
+from control_plane.transport.limits import ServerLimits
+from control_plane.transport.request_head import Refused
+from control_plane.transport.request_reader import Receiving
+from control_plane.transport.wheel import TimerWheel
+from control_plane.transport.wire import refusal_body
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[Exchange], object]
+"""Called, in the loop's thread, once the whole body has come. It answers then or later."""
+
+Reject = Callable[[int, str, str], object]
+"""Told of every request refused before the handler: HTTP status, error code, message."""
+
+#: connections above the limit that are told so at the same time; more are cut off without a word
+_MOST_REFUSED: Final = 64
+_STOP_POLL_S: Final = 0.02
+
+
+class HttpServer:
+    """Serves ``handler`` on one address. All of it runs on the loop that :meth:`start` is called in."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        limits: ServerLimits | None = None,
+        ssl: tls.SSLContext | None = None,
+        reject: Reject | None = None,
+        wheel: TimerWheel | None = None,
+    ) -> None:
+        """``wheel`` None: one of its own."""
+        self.limits = limits or ServerLimits()
+        self.receiving = Receiving()
+        self.open_exchanges = 0
+        self.draining = False
+        self.loop: asyncio.AbstractEventLoop
+        self.wheel: TimerWheel
+        self._given_wheel = wheel
+        self._handler = handler
+        self._ssl = ssl
+        self._reject = reject
+        self._connections: set[ServerConnection] = set()
+        self._listener: asyncio.Server | None = None
+        self._host = ""
+        self._port = 0
+
+    @property
+    def connections(self) -> int:
+        """Open connections."""
+        return len(self._connections)
+
+    @property
+    def port(self) -> int:
+        return self._port
+
+    @property
+    def url(self) -> str:
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        return f"{'https' if self._ssl else 'http'}://{host}:{self._port}"
+
+    async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
+        """Listen; port 0 takes a free one. Raises OSError when the address cannot be had."""
+        self.loop = asyncio.get_running_loop()
+        self.wheel = self._given_wheel or TimerWheel(self.loop)
+        self.draining = False
+        handshake_s = self.limits.header_timeout_s if self._ssl else None
+        self._listener = await self.loop.create_server(
+            lambda: ServerConnection(self), host, port, ssl=self._ssl, backlog=self.limits.backlog, ssl_handshake_timeout=handshake_s
+        )
+        self._host = host
+        self._port = self._listener.sockets[0].getsockname()[1]
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """Stop listening, let what runs end for up to ``grace_s`` seconds, then cut off the rest."""
+        self.draining = True
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+            await self._drain(grace_s)
+        if self._given_wheel is None and hasattr(self, "wheel"):
+            self.wheel.close()
+
+    async def _drain(self, grace_s: float) -> None:
+        end_s = self.loop.time() + grace_s
+        for connection in list(self._connections):
+            connection.drain()
+        while self._connections and self.loop.time() < end_s:
+            await asyncio.sleep(_STOP_POLL_S)
+        for connection in list(self._connections):
+            connection.abort()
+        while self._connections:
+            await asyncio.sleep(0)
+
+    # ---- its connections call
+
+    def admit(self, connection: ServerConnection) -> bool:
+        """Count a new connection. False: it is one too many."""
+        self._connections.add(connection)
+        most = self.limits.max_connections
+        if most is None or len(self._connections) <= most:
+            return True
+        if len(self._connections) > most + _MOST_REFUSED:
+            connection.abort()
+        return False
+
+    def forget(self, connection: ServerConnection) -> None:
+        self._connections.discard(connection)
+
+    def refused(self, refused: Refused) -> None:
+        if self._reject is not None:
+            self._reject(refused.status, refused.code, refused.message)
+
+    def handle(self, exchange: Exchange) -> None:
+        """Call the handler; what it raises becomes a 500, or an answer cut off when one was begun."""
+        try:
+            self._handler(exchange)
+        except Exception:
+            log.exception("the handler failed on %r", exchange)
+            if exchange.started:
+                exchange.abort()
+                return
+            exchange.keep_alive = False
+            exchange.respond(500, ((b"content-type", b"application/json"),), refusal_body(500, "internal_error", "Internal server error."))
+
+    def guard(self, callback: Callable[[], object]) -> None:
+        """Call a handler's callback; the connection goes on whatever it raises."""
+        try:
+            callback()
+        except Exception:
+            log.exception("a callback of an exchange failed")
