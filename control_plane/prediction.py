@@ -23,6 +23,8 @@ OUTLIER_FACTOR = 4.0
 #: part of the work in flight on an instance that a newcomer's first token waits for: decodes run beside it, so it is small
 WAIT_SHARE_PRIOR = 0.01
 TYPICAL_BACKLOG_MS = 10_000.0
+#: a first token whose predicted wait is longer than so many of its own prefills tells nothing of the prefill
+DROWNED = 4.0
 #: batch at which an instance counts as well used; dollars are shared out at this batch, so that they do not swing with the load
 NOMINAL_BATCH = 32
 BYTES_PER_TOKEN_PRIOR = 4.0
@@ -247,7 +249,10 @@ class LatencyPredictor:
         if backlog_ms > 0.0:
             model.first_token.observe(backlog_ms, max(0.0, ms - model.prefill.slope * uncached_tokens))
             model.wait_share = min(1.0, model.first_token.slope)
-        model.prefill.observe(uncached_tokens, max(0.0, ms - model.wait_share * backlog_ms))
+        waited_ms = model.wait_share * backlog_ms
+        # where waiting drowns it, what is left over says nothing of the prefill
+        if waited_ms <= DROWNED * model.prefill.at(uncached_tokens):
+            model.prefill.observe(uncached_tokens, max(0.0, ms - waited_ms))
 
     def observe_decode(self, instance: ExecutionInstance, tokens: int, ms: float, batch: float | None = None) -> None:
         """``tokens`` further tokens took ``ms``; ``batch``: requests in flight there meanwhile (None: as many as now)."""

@@ -117,12 +117,30 @@ def sim_engine(
     model: Annotated[str | None, typer.Option(metavar="NAME", help="The model name it answers to; the profile's when left out.")] = None,
     profile: Annotated[str, typer.Option(help="Which model on which GPU it imitates.")] = "h100-llama3-8b",
     speed: Annotated[float, typer.Option(callback=_checked(0.001, 10_000), help="10 runs its clock ten times faster.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of its answers' text and lengths.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of its ids.")] = 0,
+    kind: Annotated[str, typer.Option(help="generate, or embedding (embeddings, rerank, score).")] = "generate",
+    scheduling_policy: Annotated[str, typer.Option(help="fcfs or priority, as in vLLM.")] = "fcfs",
+    max_model_len: Annotated[int | None, typer.Option(help="Longest context in tokens, if less than the profile's.")] = None,
+    prefix_caching: Annotated[bool, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="As in vLLM.")] = True,
 ) -> None:
     """A simulated vLLM server: its paths, streams and metrics, in the time that the profile's hardware would take."""
+    import uvloop
+
     from control_plane.sim_engine import run_sim_engine
 
-    run_sim_engine(host=host, port=port, model=model, profile=profile, speed=speed, seed=seed)
+    run_sim_engine(
+        host=host,
+        port=port,
+        model=model,
+        profile=profile,
+        speed=speed,
+        seed=seed,
+        kind=kind,
+        scheduling_policy=scheduling_policy,
+        max_model_len=max_model_len,
+        prefix_caching=prefix_caching,
+        loop_factory=uvloop.new_event_loop,
+    )
 
 
 @app.command()

@@ -51,10 +51,10 @@ class Fleet:
     ) -> None:
         self._clock = clock
         self._predictor = predictor
-        self._prefixes = prefixes or NoPrefixes()
+        self._prefixes = prefixes if prefixes is not None else NoPrefixes()
         self._make_engine = engine_factory
         self._settings = settings or HealthSettings()
-        self._status = StatusBook(clock, events or Silence(), self._settings)
+        self._status = StatusBook(clock, events if events is not None else Silence(), self._settings)
         self._monitor = HealthMonitor(clock, self._settings, self._status, self._engine_of, self._models_changed, rng or Random(0))
         self._records: dict[str, Record] = {}
         self._index = ModelIndex(clock)

@@ -24,7 +24,7 @@ BUCKETS: tuple[tuple[float, ...], ...] = (
     (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 15.0, 60.0, 300.0),
 )
 #: (model, priority) pairs told apart; a later one is counted under the model "other". Each costs some 60 lines of a scrape.
-MAX_MODEL_CELLS = 200
+MAX_MODEL_CELLS = 100
 #: instances told apart; a later one is counted under "other"
 MAX_INSTANCE_CELLS = 1_000
 #: durations held back per series before they are folded in

@@ -164,6 +164,8 @@ def _histograms(cells: Sequence[ModelCell]) -> Iterator[Metric]:
         family = HistogramMetricFamily(name, text, labels=["model", "priority"])
         for cell in cells:
             histogram = cell.histograms[series]
+            if not histogram.count:
+                continue
             bounds = [*map(str, histogram.bounds), "+Inf"]
             counts = map(float, histogram.cumulative())
             family.add_metric(_labels(cell), list(zip(bounds, counts, strict=True)), sum_value=histogram.sum)

@@ -37,7 +37,7 @@ def chat_completions(engine: SimEngine, exchange: Exchange) -> None:
     if body.get("continue_final_message") and body.get("add_generation_prompt"):
         raise invalid("Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
     forced = forced_text(body)
-    tool = chosen_tool(body)
+    tool = chosen_tool(body, forced)
     _check_logprobs(body)
     stream_options_without_stream(body)
     body = check(body, FIELDS, ("messages",))
@@ -144,15 +144,15 @@ class ChatReply(Reply):
         called = self.tool if generation.finish_reason == "stop" else None
         message: Json = {
             "role": "assistant",
-            "content": "" if called else self.echoed + generation.text(tokenizer),
+            "content": called.content if called else self.echoed + generation.text(tokenizer),
             "refusal": None,
             "annotations": None,
             "audio": None,
             "function_call": None,
-            "reasoning": None,
         }
         if called:
             message["tool_calls"] = [called.whole(self.engine.hex_id())]
+        message["reasoning"] = None
         logprobs = None if options.logprobs is None else chat_logprobs(tokenizer, generation.ids, 0, options.logprobs)
         return {
             "index": choice.index,

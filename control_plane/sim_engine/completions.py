@@ -8,7 +8,7 @@ import msgspec
 
 from control_plane.sim_engine.chat import stream_options_without_stream
 from control_plane.sim_engine.choices import Choice
-from control_plane.sim_engine.errors import invalid
+from control_plane.sim_engine.errors import ApiError, invalid
 from control_plane.sim_engine.fields import SAMPLING, Body, check, integer, parse
 from control_plane.sim_engine.logprobs import completion_logprobs, prompt_logprobs
 from control_plane.sim_engine.params import DEFAULT_COMPLETION_TOKENS, forced_text, options
@@ -33,7 +33,7 @@ def completions(engine: SimEngine, exchange: Exchange) -> None:
     body = check(body, FIELDS)
     engine.check_model(body)
     if body.get("suffix"):
-        raise invalid("suffix is only supported for models with FIM completion rendering", "suffix")
+        raise ApiError(400, "suffix is only supported for models with FIM completion rendering", param="suffix")
     if body.get("prompt_embeds"):
         raise invalid("You must set `--enable-prompt-embeds` to input `prompt_embeds`.", "prompt_embeds")
     prompts = [engine.truncate(prompt, body) for prompt in engine.prompts.completion(body.get("prompt"))]
@@ -46,6 +46,7 @@ def completions(engine: SimEngine, exchange: Exchange) -> None:
     request_id = "cmpl-" + engine.request_id(exchange, body)
     reply = (CompletionStream if wanted.stream else CompletionReply)(engine, exchange, request_id, wanted)
     reply.only_echo = only_echo
+    reply.beams = bool(body.get("use_beam_search"))
     reply.start(engine.choices(reply, prompts, sampling, wanted))
 
 
@@ -58,13 +59,16 @@ def _check_logprobs(body: Body) -> None:
 class CompletionReply(Reply):
     """The unary answer."""
 
-    __slots__ = ("only_echo",)
+    __slots__ = ("beams", "only_echo")
 
+    beams: bool
     only_echo: bool
 
     def body(self) -> Json:
         prompt, completion = self.prompt_tokens, self.completion_tokens
-        details = {"cached_tokens": self.cached_tokens, "created_cache_tokens": None, "multimodal_tokens": None}
+        details: Json | None = {"cached_tokens": self.cached_tokens, "created_cache_tokens": None, "multimodal_tokens": None}
+        if self.beams:
+            details = None
         return {
             "id": self.id,
             "object": "text_completion",
@@ -113,8 +117,9 @@ class CompletionReply(Reply):
 class CompletionStream(StreamReply):
     """The answer as events."""
 
-    __slots__ = ("_frame", "only_echo")
+    __slots__ = ("_frame", "beams", "only_echo")
 
+    beams: bool
     only_echo: bool
 
     def __init__(self, *args: Any) -> None:

@@ -44,7 +44,7 @@ class SimEngine:
         model_name: the name it serves; the profile's model by default.
         speed: model seconds per real second.
         seed: of its ids and of the jitter. Texts do not depend on it: all engines say the same.
-        kind: ``generate``, or ``embedding`` (embeddings, rerank, score, classify, pooling; no generation).
+        kind: ``generate``, or ``embedding`` (embeddings, rerank, score, pooling; no generation).
         scheduling_policy: ``fcfs`` or ``priority``.
         max_model_len: longest context in tokens, if less than the profile's.
         prefix_caching: keep prefix blocks.
@@ -90,7 +90,7 @@ class SimEngine:
         self.tokenizer = Tokenizer()
         self.json_pieces = self.tokenizer.json_pieces
         self.speaker = Speaker(self.tokenizer)
-        self.prompts = Prompts(self.tokenizer, self.model_name)
+        self.prompts = Prompts(self.tokenizer, self.model_name, self.context)
         #: drop the connection of every stream after so many tokens (0: never)
         self.cut_streams_after = 0
         self.model = EngineModel(
@@ -248,7 +248,7 @@ class SimEngine:
         """Raises ApiError when another model than the one served is asked for. None is fine, as in vLLM."""
         model = body.get("model")
         if model and model != self.model_name:
-            raise unknown_model(model, self.model_name)
+            raise unknown_model(model, self.model_name if self.kind == "generate" else None)
 
     def truncate(self, prompt: list[int], body: Body) -> list[int]:
         """The last ``truncate_prompt_tokens`` tokens; -1: as many as the context holds."""
@@ -259,9 +259,9 @@ class SimEngine:
 
     def sampling(self, body: Body, prompt: Sequence[int], max_tokens: int | None, forced: str | None) -> Sampling:
         """Raises ApiError."""
-        if len(prompt) >= self.context:
-            raise too_long(self.context)
         room = self.context - len(prompt)
+        if room < 0:
+            raise too_long(self.context)
         return sampling(body, max_tokens=max_tokens, room=room, context=self.context, tokenizer=self.tokenizer, forced=forced)
 
     def choices(self, reply: Reply, prompts: Sequence[Sequence[int]], wanted: Sampling, options: Options) -> list[Choice]:

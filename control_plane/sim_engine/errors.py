@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
-_STATUS_TYPES = {400: "BadRequestError", 404: "NotFoundError", 500: "InternalServerError", 503: "ServiceUnavailableError"}
+#: texts longer than this times the context are refused unread
+MAX_TOKEN_CHARACTERS: Final = 80
+_STATUS_TYPES: Final = {400: "BadRequestError", 404: "NotFoundError", 500: "InternalServerError", 503: "ServiceUnavailableError"}
 
 
 class ApiError(Exception):
@@ -53,16 +55,31 @@ def invalid(message: str, parameter: str | None = None, value: object = None) ->
     return ApiError(400, message, param=parameter)
 
 
-def unknown_model(model: str, served: str) -> ApiError:
+def unknown_model(model: str, served: str | None) -> ApiError:
+    """``served`` None: a pooling server, which does not say what it serves."""
+    if served is None:
+        return ApiError(404, f"The model `{model}` does not exist.")
     return ApiError(404, f"The model `{model}` does not exist. Valid aliases: {served}.", param="model")
 
 
-def too_long(limit: int) -> ApiError:
+def too_long(limit: int, tokens: int | None = None) -> ApiError:
+    """``tokens``: how many there are, where they came as ids; a text is only read until it is too long."""
+    count, value = (f"at least {limit + 1}", limit + 1) if tokens is None else (str(tokens), tokens)
     return invalid(
-        f"This model's maximum context length is {limit} tokens. However, your prompt contains at least {limit + 1} input tokens, which "
-        "exceeds this limit even without any output tokens. Please reduce the length of the input prompt.",
+        f"This model's maximum context length is {limit} tokens. However, your prompt contains {count} input tokens, which exceeds this "
+        "limit even without any output tokens. Please reduce the length of the input prompt.",
         "input_tokens",
-        limit + 1,
+        value,
+    )
+
+
+def too_many_characters(limit: int, characters: int) -> ApiError:
+    bound = limit * MAX_TOKEN_CHARACTERS
+    return invalid(
+        f"This model's maximum context length is {limit} tokens. However, your prompt contains {characters} characters (more than {bound} "
+        f"characters, which is the upper bound for {limit} input tokens). Please reduce the length of the input prompt.",
+        "input_text",
+        characters,
     )
 
 

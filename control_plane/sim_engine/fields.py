@@ -63,6 +63,8 @@ def check(body: Body, checks: Mapping[str, Check], required: tuple[str, ...] = (
             result[name] = convert(value)
         except _Bad as bad:
             errors.append(_error(bad.kind, f"body.{name}", bad.message, value))
+            if bad.kind == "value_error":
+                errors[-1]["ctx"] = {"error": ValueError(bad.message.removeprefix("Value error, "))}
     if errors:
         raise validation(errors)
     return result

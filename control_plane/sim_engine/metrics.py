@@ -136,9 +136,6 @@ class EngineMetrics:
         observe["request_prefill_time_seconds"].observe((first_s - sequence.scheduled_s) / speed)
         observe["request_decode_time_seconds"].observe(decode_s)
 
-    def aborted(self) -> None:
-        self._success["abort"] += 1
-
     def http(self, handler: str, method: str, status: int) -> None:
         key = (handler, method, f"{status // 100}xx")
         self._http[key] = self._http.get(key, 0) + 1

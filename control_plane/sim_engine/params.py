@@ -90,11 +90,11 @@ def sampling(body: Body, *, max_tokens: int | None, room: int, context: int, tok
     """``room``: tokens left after the prompt, to which the output is clipped. ``max_tokens`` None: all of it. Raises ApiError."""
     check_sampling(body)
     if max_tokens is not None:
-        if max_tokens < 1:
-            raise invalid(f"max_tokens must be at least 1, got {max_tokens}.", "max_tokens", max_tokens)
+        _at_least_one(max_tokens)
         if max_tokens > context:
             message = f"max_tokens={max_tokens} cannot be greater than max_model_len={context}. Please request fewer output tokens."
             raise invalid(message, "max_tokens", max_tokens)
+    _at_least_one(room)
     limit = room if max_tokens is None else max_tokens
     min_tokens = body.get("min_tokens") or 0
     if min_tokens > limit:
@@ -114,6 +114,11 @@ def sampling(body: Body, *, max_tokens: int | None, room: int, context: int, tok
         biased=_bias(body),
         forced=tuple(tokenizer.encode(forced)) if forced is not None else (),
     )
+
+
+def _at_least_one(max_tokens: int) -> None:
+    if max_tokens < 1:
+        raise invalid(f"max_tokens must be at least 1, got {max_tokens}.", "max_tokens", max_tokens)
 
 
 def _bias(body: Body) -> int | None:

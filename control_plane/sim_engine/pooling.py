@@ -1,4 +1,4 @@
-"""Embeddings, rerank, score, classify and pooling: only an engine of the kind ``embedding`` has these paths."""
+"""Embeddings, rerank, score and pooling: only an engine of the kind ``embedding`` has these paths."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from control_plane.transport import Exchange
 
 _FIELDS: Final = {"model": string, "dimensions": integer, "priority": integer, "top_n": integer, "encoding_format": string}
-_LABELS: Final = ("LABEL_0", "LABEL_1")
+_FORMATS: Final = "'float', 'base64', 'bytes' or 'bytes_only'"
+_TOKENS_READ: Final = 64
 Build = Callable[["PoolingReply"], Json]
 
 
@@ -82,15 +83,15 @@ def _inputs(engine: SimEngine, body: Body) -> list[list[int]]:
     if "input" not in body:
         raise validation([{"type": "missing", "loc": "body.input", "msg": "Field required", "input": f"<dict of {len(body)} items>"}])
     given = body["input"]
-    if given in ("", []):
-        raise ApiError(400, "You must pass at least one prompt")
+    if given == "":
+        raise ApiError(400, "The decoder prompt cannot be empty")
     return [engine.truncate(prompt, body) for prompt in engine.prompts.completion(given)]
 
 
 def vector(tokens: Sequence[int], dimensions: int) -> list[float]:
-    """A unit vector that follows from the tokens: texts that share tokens are nearer to each other than others."""
+    """A unit vector that follows from the tokens (64 different ones): texts that share some are nearer to each other than others."""
     total = [0.0] * dimensions
-    for token in set(tokens):
+    for token in sorted(set(tokens))[:_TOKENS_READ]:
         seed = (token * 0x9E3779B97F4A7C15 + 1) & 0xFFFFFFFFFFFFFFFF
         for place in range(0, dimensions, max(1, dimensions // 32)):
             seed = (seed * 6364136223846793005 + 1442695040888963407) & 0xFFFFFFFFFFFFFFFF
@@ -109,14 +110,18 @@ def similarity(query: Sequence[int], document: Sequence[int]) -> float:
 def embeddings(engine: SimEngine, exchange: Exchange) -> None:
     """Raises ApiError or PlainError."""
     body = _body(engine, exchange)
-    if body.get("encoding_format", "float") not in ("float", "base64"):
-        message = "Input should be 'float' or 'base64'"
-        raise validation([{"type": "literal_error", "loc": "body.encoding_format", "msg": message, "input": str(body["encoding_format"])}])
+    form, dimensions = body.get("encoding_format", "float"), body.get("dimensions")
+    if form not in ("float", "base64"):
+        found = {"type": "literal_error", "loc": "body.encoding_format", "msg": f"Input should be {_FORMATS}", "input": str(form)}
+        raise validation([{**found, "ctx": {"expected": _FORMATS}}])
+    if dimensions is not None:
+        message = f"Model '{engine.model_name}' does not support Matryoshka embeddings; dimensions must be unset "
+        raise ApiError(400, f"{message}(received dimensions={dimensions}).")
     _run(engine, exchange, "embd", body, _inputs(engine, body), _embeddings)
 
 
 def _embeddings(reply: PoolingReply) -> Json:
-    dimensions = reply.request.get("dimensions") or reply.engine.profile.model.hidden_size
+    dimensions = reply.engine.profile.model.hidden_size
     as_bytes = reply.request.get("encoding_format") == "base64"
     data = []
     for choice in reply.choices:
@@ -138,22 +143,6 @@ def _pooling(reply: PoolingReply) -> Json:
     return reply.listed([{"index": c.index, "object": "pooling", "data": vector(c.prompt_ids, size)} for c in reply.choices])
 
 
-def classify(engine: SimEngine, exchange: Exchange) -> None:
-    """Raises ApiError or PlainError."""
-    body = _body(engine, exchange)
-    _run(engine, exchange, "classify", body, _inputs(engine, body), _classify)
-
-
-def _classify(reply: PoolingReply) -> Json:
-    data = []
-    for choice in reply.choices:
-        share = similarity(choice.prompt_ids, ())
-        probs = [1 - share, share]
-        label = _LABELS[probs.index(max(probs))]
-        data.append({"index": choice.index, "label": label, "probs": probs, "num_classes": len(probs)})
-    return reply.listed(data)
-
-
 def _texts(value: Any) -> list[str]:
     items = value if isinstance(value, list) else [value]
     return [str(item.get("text", item.get("content", ""))) if isinstance(item, dict) else str(item) for item in items]
@@ -167,16 +156,15 @@ def score(engine: SimEngine, exchange: Exchange) -> None:
         missing = names[1] if names else "text_1"
         raise validation([{"type": "missing", "loc": f"body.{missing}", "msg": "Field required", "input": f"<dict of {len(body)} items>"}])
     left, right = _texts(body[names[0]]), _texts(body[names[1]])
-    if len(left) == 1:
-        left = left * len(right)
-    if len(left) != len(right):
+    if len(left) not in (1, len(right)):
         raise ApiError(400, "Input lengths must be either 1:1, 1:N or N:N")
-    pairs = list(zip(map(engine.tokenizer.encode, left), map(engine.tokenizer.encode, right), strict=True))
+    ones, others = [engine.tokenizer.encode(text) for text in left], [engine.tokenizer.encode(text) for text in right]
+    pairs = list(zip(ones * len(others) if len(ones) == 1 else ones, others, strict=True))
 
     def build(reply: PoolingReply) -> Json:
         return reply.listed([{"index": i, "object": "score", "score": similarity(*pair)} for i, pair in enumerate(pairs)])
 
-    _run(engine, exchange, "score", body, [one + other for one, other in pairs], build)
+    _run(engine, exchange, "score", body, ones + others, build)
 
 
 def rerank(engine: SimEngine, exchange: Exchange) -> None:
@@ -185,6 +173,8 @@ def rerank(engine: SimEngine, exchange: Exchange) -> None:
     query = engine.tokenizer.encode(_texts(body["query"])[0])
     documents = _texts(body["documents"])
     tokens = [engine.tokenizer.encode(text) for text in documents]
+    if not documents:
+        raise ApiError(400, "At least one text_pair element must be given")
     top_n = body.get("top_n") or len(documents)
 
     def build(reply: PoolingReply) -> Json:
@@ -197,4 +187,4 @@ def rerank(engine: SimEngine, exchange: Exchange) -> None:
         usage = {"prompt_tokens": used, "total_tokens": used}
         return {"id": reply.id, "model": reply.engine.model_name, "usage": usage, "results": results[:top_n]}
 
-    _run(engine, exchange, "score", body, [query + document for document in tokens], build)
+    _run(engine, exchange, "score", body, [query, *tokens], build)

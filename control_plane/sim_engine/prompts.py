@@ -7,18 +7,19 @@ from typing import Any
 
 import msgspec
 
-from control_plane.sim_engine.errors import invalid, validation
+from control_plane.sim_engine.errors import MAX_TOKEN_CHARACTERS, invalid, too_long, too_many_characters, validation
 from control_plane.sim_engine.tokens import IM_END, IM_START, VOCABULARY_SIZE, Tokenizer
 
 
 class Prompts:
     """Renders prompts of one model."""
 
-    __slots__ = ("_model", "_tokenizer")
+    __slots__ = ("_context", "_model", "_tokenizer")
 
-    def __init__(self, tokenizer: Tokenizer, model: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, model: str, context: int) -> None:
         self._tokenizer = tokenizer
         self._model = model
+        self._context = context
 
     def chat(self, messages: Sequence[Any], tools: Any = None, *, generation: bool = True, continued: bool = False) -> list[int]:
         """Token ids of a conversation. Raises ApiError for what a text model's template refuses."""
@@ -58,14 +59,19 @@ class Prompts:
         return str(part.get("text") or part.get("content") or "") if isinstance(part, dict) else ""
 
     def _turn(self, role: str, text: str) -> list[int]:
-        return [IM_START, *self._tokenizer.encode(f"{role}\n{text}"), IM_END, *self._tokenizer.encode("\n")]
+        return [IM_START, *self._encode(f"{role}\n{text}"), IM_END, *self._tokenizer.encode("\n")]
+
+    def _encode(self, text: str) -> list[int]:
+        if len(text) > self._context * MAX_TOKEN_CHARACTERS:
+            raise too_many_characters(self._context, len(text))
+        return self._tokenizer.encode(text)
 
     def completion(self, prompt: Any) -> list[list[int]]:
         """The prompts of ``/v1/completions``: a text, token ids, or a list of either. Raises ApiError."""
         if prompt is None or prompt == "":
             raise invalid("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
         if isinstance(prompt, str):
-            return [self._tokenizer.encode(prompt)]
+            return [self._encode(prompt)]
         if not isinstance(prompt, list):
             kinds = (("list_type", "list"), ("list_type", "list"), ("string_type", "string"), ("list_type", "list"))
             raise validation(
@@ -78,7 +84,7 @@ class Prompts:
             raise invalid("You must pass at least one prompt")
         if isinstance(prompt[0], int):
             return [self._ids(prompt)]
-        return [self._ids(item) if isinstance(item, list) else self._tokenizer.encode(str(item)) for item in prompt]
+        return [self._ids(item) if isinstance(item, list) else self._encode(str(item)) for item in prompt]
 
     def _ids(self, tokens: list[Any]) -> list[int]:
         for token in tokens:
@@ -88,4 +94,6 @@ class Prompts:
                 )
             if not 0 <= token < VOCABULARY_SIZE:
                 raise invalid(f"Token id {token} is out of vocabulary")
+        if len(tokens) > self._context:
+            raise too_long(self._context, len(tokens))
         return tokens

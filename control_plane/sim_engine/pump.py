@@ -45,8 +45,7 @@ class Pump:
 
     def abort(self, choices: Iterable[Choice]) -> None:
         for choice in choices:
-            if self.model.abort(choice, self.now_s()):
-                self.metrics.aborted()
+            self.model.abort(choice, self.now_s())
 
     def halt(self) -> None:
         """Stop in the middle of what is under way, as a stopped process does."""

@@ -57,10 +57,11 @@ def create(engine: SimEngine, exchange: Exchange) -> None:
     if body.get("background") and not engine.responses_store:
         raise ApiError(400, _NO_STORE, kind="invalid_request_error", param="background")
     messages = _messages(engine, body)
-    tool = chosen_tool({"tools": _chat_tools(body), "tool_choice": _chat_choice(body)}) if body.get("tools") else None
+    forced = _forced(body)
+    tool = chosen_tool({"tools": _chat_tools(body), "tool_choice": _chat_choice(body)}, forced) if body.get("tools") else None
     wanted = options(body, logprobs=None)
     prompt = engine.prompts.chat(messages, body.get("tools") or None)
-    sampling = engine.sampling(body, prompt, body.get("max_output_tokens"), tool.text if tool else _forced(body))
+    sampling = engine.sampling(body, prompt, body.get("max_output_tokens"), tool.text if tool else forced)
     record = Record(engine, exchange, body, sampling, messages, tool)
     kind = BackgroundReply if body.get("background") else ResponsesStream if wanted.stream else ResponsesReply
     reply = kind(engine, exchange, record.id, wanted)
@@ -153,7 +154,7 @@ class Record:
         self._tools = [_tool_echo(tool) for tool in body.get("tools") or ()]
         given = engine.request_id(exchange, body)
         self.id = given if given.startswith("resp_") else f"resp_{given}"
-        self.item_id = f"msg_{engine.hex_id()}"
+        self.item_id = f"{'fc' if tool else 'msg'}_{engine.hex_id()}"
         self.messages = messages
         self.tool = tool
 
@@ -241,8 +242,17 @@ def message_item(name: str, text: str | None, status: str) -> Json:
 
 
 def call_item(tool: ToolCall, name: str, arguments: str, status: str) -> Json:
-    call_id = name.replace("msg_", "call_")
-    return {"arguments": arguments, "call_id": call_id, "name": tool.name, "type": "function_call", "id": name, "status": status}
+    return {
+        "arguments": arguments,
+        "call_id": f"chatcmpl-tool-{name.partition('_')[2]}",
+        "name": tool.name,
+        "type": "function_call",
+        "id": name,
+        "async": None,
+        "caller": None,
+        "namespace": None,
+        "status": status,
+    }
 
 
 def _tool_echo(tool: Json) -> Json:

@@ -43,7 +43,6 @@ _GENERATE: Final[dict[str, dict[str, Run]]] = {
 _EMBEDDING: Final[dict[str, dict[str, Run]]] = {
     "/v1/embeddings": {"POST": pooling.embeddings},
     "/pooling": {"POST": pooling.pooling},
-    "/classify": {"POST": pooling.classify},
     **{path: {"POST": pooling.score} for path in ("/score", "/v1/score")},
     **{path: {"POST": pooling.rerank} for path in ("/rerank", "/v1/rerank", "/v2/rerank")},
 }

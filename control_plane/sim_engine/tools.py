@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import re
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
@@ -11,6 +12,7 @@ from control_plane.sim_engine.fields import Body
 from control_plane.sim_engine.instances import instance_json
 
 Json = dict[str, Any]
+_CALL: Final = re.compile(r'<tool_call>\s*\{\s*"name":\s*"([^"]+)",\s*"arguments":\s*(\{.*\})\s*\}\s*</tool_call>', re.DOTALL)
 
 
 class ToolCall(NamedTuple):
@@ -22,6 +24,8 @@ class ToolCall(NamedTuple):
     begin: int
     #: when it was written to its end
     finish_reason: str
+    #: beside a call that the model made by itself
+    content: str | None = ""
 
     def whole(self, call_id: str) -> Json:
         function = {"name": self.name, "arguments": self.arguments}
@@ -33,22 +37,31 @@ class ToolCall(NamedTuple):
         end = before + len(text)
         if before < self.begin <= end:
             function: Json = {"name": self.name}
-            found.append({"tool_calls": [{"id": f"chatcmpl-tool-{call_id}", "type": "function", "index": 0, "function": function}]})
+            call = {"id": f"chatcmpl-tool-{call_id}", "type": "function", "index": 0, "function": function}
+            found.append({"content": None, "tool_calls": [call]})
         low, high = max(before, self.begin), min(end, self.begin + len(self.arguments))
         if low < high:
             function = {"arguments": self.text[low:high]}
-            found.append({"tool_calls": [{"index": 0, "function": function}]})
+            found.append({"content": None, "tool_calls": [{"index": 0, "function": function}]})
         return found
 
 
-def chosen_tool(body: Body) -> ToolCall | None:
-    """The call that ``tool_choice`` required or named asks for; None: the model is free to talk. Raises ApiError."""
+def written_call(text: str) -> ToolCall | None:
+    """The call that stands in a text, as vLLM's Hermes parser finds it."""
+    found = _CALL.fullmatch(text.strip())
+    return ToolCall(found[1], found[2], text, text.index(found[2]), "tool_calls", None) if found else None
+
+
+def chosen_tool(body: Body, forced: str | None = None) -> ToolCall | None:
+    """The call that ``tool_choice`` asks for (required, named), or that the ``forced`` output is. None: text. Raises ApiError."""
     tools, choice = body.get("tools"), body.get("tool_choice")
     if tools == []:
         message = "`tools` must not be an empty array. Either provide at least one tool or omit the field entirely."
         raise invalid(message, "tools")
-    if choice is None or choice == "none":
+    if choice == "none" or (choice is None and tools is None):
         return None
+    if choice is None:
+        choice = "auto"
     if tools is None:
         raise invalid("When using `tool_choice`, `tools` must be set.", "tool_choice")
     if isinstance(choice, dict):
@@ -56,7 +69,9 @@ def chosen_tool(body: Body) -> ToolCall | None:
     if choice not in ("auto", "required"):
         message = f'Invalid value for `tool_choice`: {choice}! Only named tools, "none", "auto" or "required" are supported.'
         raise invalid(message, "tool_choice")
-    return _call(tools[0]["function"], "tool_calls") if choice == "required" else None
+    if choice == "required":
+        return _call(tools[0]["function"], "tool_calls")
+    return written_call(forced) if forced else None
 
 
 def _named(tools: Any, choice: Json) -> ToolCall:

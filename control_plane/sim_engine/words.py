@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from control_plane.sim_engine.tokens import EOS, Tokenizer
+from control_plane.sim_engine.tokens import EOS, IM_START, Tokenizer
 
 _MASK: Final = (1 << 64) - 1
 _A: Final = 0x9E3779B97F4A7C15
@@ -21,6 +21,8 @@ MEAN_OUTPUT_TOKENS: Final = 200
 _END_BELOW: Final = 0x10000 // MEAN_OUTPUT_TOKENS
 #: tokens made at a time where the length is known beforehand
 _BATCH: Final = 64
+#: a turn does not end before so many tokens after its beginning (four of them are the role)
+_FIRST_END: Final = 20
 
 _TEXT: Final = (
     "the and for are but not you all any can had her was one our out day get has him his how man new now old see two way who boy did "
@@ -150,6 +152,8 @@ class Speaker:
         for token in last[-_WINDOW:]:
             state = (state * _A + token + 1) & _MASK
         last = last[-_WINDOW:]
+        turn = max((place for place, token in enumerate(last) if token == IM_START), default=-_FIRST_END)
+        quiet = max(0, _FIRST_END - (_WINDOW - turn))
         seed = (sampling.seed * _B + index * _A) & _MASK
         forced = sampling.forced
         vocabulary = self._vocabulary
@@ -157,7 +161,7 @@ class Speaker:
         while True:
             mixed = ((state ^ seed) * _B) & _MASK
             mixed = ((mixed ^ (mixed >> 31)) * _A) & _MASK
-            ends = (mixed >> 20) & 0xFFFF < _END_BELOW
+            ends = place >= quiet and (mixed >> 20) & 0xFFFF < _END_BELOW
             token = vocabulary[mixed >> 56]
             if sampling.biased is not None:
                 token = sampling.biased

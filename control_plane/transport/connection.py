@@ -114,11 +114,13 @@ class ServerConnection(asyncio.Protocol):
         if self._state != _OPEN:
             return False
         exchange = self._exchange
-        if exchange is None:
+        if exchange is None and not (self._pending and self._paused_writing):
             if self._reader.phase != BETWEEN:
                 self._refuse(Refused(400, "invalid_request", "The request ended early."))
             return False
         self._reader.stop()
+        if exchange is None:
+            return not self.tls
         if self.tls or exchange.http10 or not exchange.unsent:
             return False
         self._probes = _PROBES

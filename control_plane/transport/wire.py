@@ -18,9 +18,7 @@ FRAMING_HEADERS: Final = frozenset(
     (b"connection", b"content-length", b"keep-alive", b"proxy-connection", b"te", b"trailer", b"transfer-encoding", b"upgrade")
 )
 
-STATUS_LINES: Final = {
-    status.value: b"HTTP/1.1 %d %b\r\n" % (status.value, status.phrase.encode("latin-1")) for status in HTTPStatus
-}
+STATUS_LINES: Final = {status.value: b"HTTP/1.1 %d %b\r\n" % (status.value, status.phrase.encode("latin-1")) for status in HTTPStatus}
 
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
@@ -33,7 +31,7 @@ def status_line(status: int) -> bytes:
 
 
 def head_bytes(first_line: bytes, headers: Headers, dropped: frozenset[bytes] = FRAMING_HEADERS) -> bytes:
-    """The first line and the headers not in ``dropped``, each with its line end; the closing empty line is the caller's.
+    """The first line (or lines) and the headers not in ``dropped``, each with its line end; the closing empty line is the caller's.
 
     Raises:
         ValueError: a name or value holds a line break, which would let whoever chose it write headers or answers of its own.
@@ -43,7 +41,7 @@ def head_bytes(first_line: bytes, headers: Headers, dropped: frozenset[bytes] = 
         if name not in dropped:
             parts += (name, b": ", value, b"\r\n")
     head = b"".join(parts)
-    lines = (len(parts) + 3) // 4
+    lines = first_line.count(b"\n") + len(parts) // 4
     if head.count(b"\n") != lines or head.count(b"\r") != lines:
         raise ValueError(f"a line break inside a header: {head[:200]!r}")
     return head

@@ -24,10 +24,14 @@ SHORT = RequestMetadata(request_id="short", input_tokens=40, max_tokens=512, pro
 def instances() -> list[ExecutionInstance]:
     return [
         ExecutionInstance(
-            instance_id="p", instance_type="prefilling", tensor_parallel_size=4, gpu_count=4, prefilling_config=PrefillingConfig(target_batch_size=2)
+            instance_id="p",
+            instance_type="prefilling",
+            tensor_parallel_size=4,
+            gpu_count=4,
+            prefilling_config=PrefillingConfig(target_batch_size=2),
         ),
-        ExecutionInstance(instance_id="d", instance_type="decoding", decoding_config=DecodingConfig(max_parallel_requests=2)),
-        ExecutionInstance(instance_id="g"),
+        ExecutionInstance(instance_id="d", model_name="m", instance_type="decoding", decoding_config=DecodingConfig(max_parallel_requests=2)),
+        ExecutionInstance(instance_id="g", model_name="m"),
     ]
 
 

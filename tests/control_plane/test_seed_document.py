@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from threaded_engines import threaded_engines
 
 from control_plane import ControlPlaneManager, ExecutionInstance
 
@@ -49,7 +50,7 @@ def run_block(code: str, ports: list[int], names: dict[str, object] | None = Non
     space = module.__dict__
     exec(PRELUDE, space)
     space.update(names or {})
-    compiled = compile(with_ports(code, ports), str(SEED), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    compiled = compile(with_ports(code, ports), str(SEED), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
     if compiled.co_flags & inspect.CO_COROUTINE:
         raise AssertionError("a block with top-level await needs a loop: use run_flow")
     exec(compiled, space)
@@ -66,15 +67,15 @@ async def run_flow(code: str, ports: list[int]) -> dict[str, object]:
         manager.register_instance(ExecutionInstance(instance_id=f"engine-{index}", host="127.0.0.1", port=port, model_name=MODEL))
     async with manager:
         space.update(manager=manager, available_instances=manager.get_instances())
-        compiled = compile(code, str(SEED), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+        compiled = compile(code, str(SEED), "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
         await eval(compiled, space)
         space["final"] = await manager.result("req-123")
     return space
 
 
 @pytest.fixture(scope="module")
-def ports(threaded_engines: object) -> Iterator[list[int]]:
-    with threaded_engines(2, model_name=MODEL, speed=20.0) as found:  # type: ignore[operator]
+def ports() -> Iterator[list[int]]:
+    with threaded_engines(2, model_name=MODEL, speed=20.0) as found:
         yield found
 
 

@@ -16,9 +16,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from control_plane import ControlPlaneManager, ExecutionInstance
+from control_plane.manager import ControlPlaneManager
 from control_plane.gateway import Gateway, GatewaySettings
 from control_plane.transport import Exchange, HttpServer
+from control_plane.types import ExecutionInstance
 
 JSON = (b"content-type", b"application/json")
 EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
@@ -65,6 +66,8 @@ class Engine:
         elif exchange.method == "GET" and exchange.path == "/v1/models":
             cards = [{"id": name, "object": "model", "owned_by": "vllm", "max_model_len": 4096} for name in self.models]
             exchange.respond(200, [JSON], json.dumps({"object": "list", "data": cards}).encode())
+        elif exchange.method == "GET" and not exchange.path.startswith("/v1/responses/"):
+            exchange.respond(405, [], b"")
         else:
             self.seen.append(exchange)
             exchange.on_disconnect = self._on_left

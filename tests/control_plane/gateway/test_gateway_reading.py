@@ -255,9 +255,7 @@ def test_headers_set_what_the_body_does_not() -> None:
 def test_the_body_wins_over_headers() -> None:
     body = {"model": "m", "slo_deadline_ms": 1, "user": "body", "priority": 0, "when_late": "serve", "cost_budget": 2}
 
-    request = ask(
-        body, x_slo_deadline_ms="9", x_user_id="header", x_priority="high", x_when_late="reject", x_cost_budget_usd="9"
-    ).request
+    request = ask(body, x_slo_deadline_ms="9", x_user_id="header", x_priority="high", x_when_late="reject", x_cost_budget_usd="9").request
 
     assert (request.slo_deadline_ms, request.user_id, request.priority) == (1, "body", RequestPriority.NORMAL)
     assert (request.when_late, request.cost_budget) == ("serve", 2)
@@ -420,7 +418,9 @@ def test_a_form_is_routed_by_its_model() -> None:
 def test_a_file_cannot_pose_as_a_field() -> None:
     inside = b'--other\r\ncontent-disposition: form-data; name="model"\r\n\r\nevil\r\n'
     fields = form_fields(b'multipart/form-data; boundary="b0"', form(MODEL, (AUDIO[0], inside)))
-    posing = form_fields(b"multipart/form-data; boundary=b0", form((b'content-disposition: form-data; name="model"; filename="m"', b"evil"), MODEL))
+    posing = form_fields(
+        b"multipart/form-data; boundary=b0", form((b'content-disposition: form-data; name="model"; filename="m"', b"evil"), MODEL)
+    )
 
     assert fields == {b"model": "whisper"}
     assert posing == {b"model": "whisper"}

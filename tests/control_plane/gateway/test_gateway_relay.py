@@ -11,6 +11,7 @@ import pytest
 
 from control_plane.gateway import GatewaySettings
 from control_plane.transport import Exchange
+from control_plane.types import ExecutionInstance
 
 JSON = (b"content-type", b"application/json")
 EVENTS = (b"content-type", b"text/event-stream; charset=utf-8")
@@ -565,13 +566,11 @@ async def test_a_body_beyond_the_bound_is_a_413(make_stand: Any) -> None:
     assert (await stand.chat()).status == 200
 
 
-async def test_nothing_listens_where_the_engine_should_be(stand: Any, make_stand: Any) -> None:
+async def test_nothing_listens_where_the_engine_should_be(make_stand: Any) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     alone = await make_stand(engines=0, no_instance_timeout_s=0.3)
-    from control_plane import ExecutionInstance
-
     alone.manager.register_instance(ExecutionInstance("down", port=port, model_name="m"))
 
     answer = await alone.chat()

@@ -103,9 +103,7 @@ _TOOL_TALK = [
     {
         "role": "assistant",
         "content": None,
-        "tool_calls": [
-            {"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city":"Paris"}'}}
-        ],
+        "tool_calls": [{"id": "call_1", "type": "function", "function": {"name": "get_weather", "arguments": '{"city":"Paris"}'}}],
     },
     {"role": "tool", "tool_call_id": "call_1", "content": "sunny"},
 ]
@@ -212,9 +210,7 @@ _CHAT_CASES = (
     _chat("multipart", messages=[{"role": "user", "content": [{"type": "text", "text": "Hello"}] * 2}]),
     _chat(
         "image_to_text_model",
-        messages=[
-            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}
-        ],
+        messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}]}],
     ),
     _chat("content_null", messages=[{"role": "user", "content": None}]),
     _chat("no_role", messages=[{"content": "Hello"}]),

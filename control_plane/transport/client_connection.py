@@ -1,0 +1,370 @@
+"""One connection to an engine: sends one request at a time and feeds its answer to a receiver.
+
+Whatever is not exactly one well-formed answer per request (garbage, a body shorter or longer than announced, bytes nobody asked for)
+fails the call or at least ends the connection, so that no answer is ever taken for another request's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+
+import httptools
+
+from control_plane.errors import InstanceFailed
+from control_plane.transport.wheel import NEVER_S, Deadline
+from control_plane.transport.wire import JOIN_BYTES
+
+if TYPE_CHECKING:
+    from control_plane.transport.client import ClientCall, HttpClient
+
+log = logging.getLogger(__name__)
+
+# how far the answer has come
+_AWAITED: Final = 0
+_IN_HEAD: Final = 1
+_IN_BODY: Final = 2
+_COMPLETE: Final = 3
+
+_KEEP_ALIVE_TIMEOUT: Final = re.compile(rb"(?:^|[,;\s])timeout\s*=\s*(\d{1,9})", re.IGNORECASE)
+#: an announced keep-alive is left unused this long before its end, for bytes that cross on the way
+_KEEPALIVE_MARGIN_S: Final = 1.0
+
+
+class Receiver(Protocol):
+    """Where one answer goes: ``on_head`` once, ``on_body`` any number of times, then ``on_complete``; ``on_error`` ends it at any point."""
+
+    def on_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """The final status and headers (names in lower case). Interim answers (1xx) are not reported."""
+
+    def on_body(self, data: bytes) -> None:
+        """Bytes of the body, unframed, never empty."""
+
+    def on_complete(self) -> None: ...
+    def on_error(self, error: InstanceFailed) -> None: ...
+
+
+class _Deaf:
+    """Receives for calls that are over."""
+
+    def on_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None: ...
+    def on_body(self, data: bytes) -> None: ...
+    def on_complete(self) -> None: ...
+    def on_error(self, error: InstanceFailed) -> None: ...
+
+
+_DEAF: Final = _Deaf()
+
+
+class ClientConnection(asyncio.Protocol):
+    """Owned by an :class:`~control_plane.transport.client.HttpClient`; idle while it has no call."""
+
+    __slots__ = (
+        "_barren_bytes",
+        "_call",
+        "_chunk_s",
+        "_client",
+        "_deadline",
+        "_grew",
+        "_head_bytes",
+        "_headers",
+        "_interim",
+        "_parser",
+        "_progress",
+        "_receiver",
+        "_reusable",
+        "_time",
+        "_until_close",
+        "expires_s",
+        "keepalive_s",
+        "reused",
+        "transport",
+    )
+
+    transport: asyncio.Transport
+
+    def __init__(self, client: HttpClient) -> None:
+        self._client = client
+        self._time = client.loop.time
+        self._deadline = Deadline(client.wheel, self._expired)
+        self._parser: Any = httptools.HttpResponseParser(self)
+        self._call: ClientCall | None = None
+        self._receiver: Receiver = _DEAF
+        self._headers: list[tuple[bytes, bytes]] = []
+        self._progress = _AWAITED
+        self._reusable = True
+        self._until_close = False
+        self._interim = False
+        self._grew = False
+        self._head_bytes = 0
+        self._barren_bytes = 0
+        self._chunk_s = NEVER_S
+        self.keepalive_s = client.limits.keepalive_s
+        #: when it is idle: until when it may be used again
+        self.expires_s = 0.0
+        #: it has carried an answer before
+        self.reused = False
+
+    # ---- the client calls
+
+    def run(self, call: ClientCall) -> None:
+        """Send the call's request. The connection must be idle."""
+        self._call = call
+        self._receiver = call.receiver
+        self._progress = _AWAITED
+        self._reusable = True
+        self._head_bytes = self._barren_bytes = 0
+        call.connection = self
+        limits = call.limits
+        self._chunk_s = NEVER_S if limits.chunk_timeout_s is None else limits.chunk_timeout_s
+        self.set_limit()
+        head, body = call.head, call.body
+        if len(body) <= JOIN_BYTES:
+            self.transport.write(head + body)
+        else:
+            self.transport.writelines((head, body))
+
+    def set_limit(self) -> None:
+        """The time limit for what is awaited now; a paused call has only its total one."""
+        call = self._call
+        if call is None:
+            return
+        limit_s = call.limits.first_byte_timeout_s if self._progress == _AWAITED else self._chunk_s
+        due_s = call.total_due_s
+        if limit_s is not None and not call.paused:
+            due_s = min(due_s, self._time() + limit_s)
+        self._deadline.set(due_s)
+
+    def drop(self) -> None:
+        """Close at once, whatever is under way; the receiver hears nothing more."""
+        self._call = None
+        self._receiver = _DEAF
+        self._deadline.due_s = NEVER_S
+        self.transport.abort()
+
+    def abandon(self) -> None:
+        """The client closes: fail the call under way."""
+        call = self._call
+        self.drop()
+        if call is not None:
+            call.fail("the client is closed", sent=self._progress != _AWAITED)
+
+    # ---- the loop calls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self._client.opened(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self._progress != _IN_BODY or self._call is None:
+            self._receive_head(data)
+            return
+        due_s = self._time() + self._chunk_s
+        total_due_s = self._call.total_due_s
+        self._deadline.due_s = due_s if due_s < total_due_s else total_due_s
+        self._grew = False
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._broken(error)
+            return
+        if self._progress == _COMPLETE:
+            self._release()
+        elif not self._grew:
+            self._bound_overhead(len(data))
+
+    def eof_received(self) -> bool:
+        self._client.unpool(self)
+        if self._call is not None:
+            self._ended("the engine closed the connection")
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._client.forget(self)
+        if self._call is not None:
+            if exc is None:
+                self._ended("the engine closed the connection")
+            else:
+                self._fail(f"the connection broke: {exc}")
+        self._deadline.close()
+        # the parser and this object hold each other
+        self._parser = None
+
+    # ---- the parser calls
+
+    def on_message_begin(self) -> None:
+        if self._progress == _COMPLETE:
+            raise _Surplus
+        self._headers = []
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # trailers are dropped
+        if self._progress == _IN_HEAD:
+            self._headers.append((name.lower(), value.rstrip()))
+
+    def on_headers_complete(self) -> None:
+        call = self._call
+        if call is None:
+            return
+        parser = self._parser
+        status = parser.get_status_code()
+        if status < 200:
+            if status < 100 or status == 101:
+                raise _Garbage(f"status {status}")
+            self._interim = True
+            return
+        headers, self._headers = self._headers, []
+        framed = self._read_framing(headers)
+        if not parser.should_keep_alive():
+            self._reusable = False
+            if parser.get_http_version() not in ("1.1", "1.0"):
+                raise _Garbage("not HTTP/1.1 or 1.0")
+        bodiless = status in (204, 304) or call.is_head
+        self._until_close = not framed and not bodiless
+        self._progress = _IN_BODY
+        call.let_go_of_request()
+        self._receiver.on_head(status, headers)
+        if call.is_head and self._call is not None:
+            # the parser would wait for the body that the headers describe
+            self._progress = _COMPLETE
+            self._reusable = False
+            self._receiver = _DEAF
+
+    def on_body(self, data: bytes) -> None:
+        self._grew = True
+        self._receiver.on_body(data)
+
+    def on_message_complete(self) -> None:
+        if self._interim:
+            self._interim = False
+        else:
+            self._progress = _COMPLETE
+
+    # ---- own steps
+
+    def _read_framing(self, headers: list[tuple[bytes, bytes]]) -> bool:
+        """Whether the head tells the body's length or that it is chunked; takes note of what it says about the connection."""
+        framed = False
+        for name, value in headers:
+            if name == b"content-length":
+                framed = True
+            elif name == b"transfer-encoding":
+                framed = True
+                if value.lower() != b"chunked":
+                    raise _Garbage("a transfer-encoding other than chunked")
+            elif name == b"keep-alive":
+                announced = _KEEP_ALIVE_TIMEOUT.search(value)
+                if announced is not None:
+                    seconds = int(announced[1])
+                    self.keepalive_s = max(seconds - _KEEPALIVE_MARGIN_S, seconds / 2)
+        return framed
+
+    def _receive_head(self, data: bytes) -> None:
+        if self._call is None:
+            # nobody asked: a late answer, or an error before closing (408); nothing after it can be trusted
+            self._client.unpool(self)
+            self.drop()
+            return
+        room_bytes = self._call.limits.max_header_bytes - self._head_bytes
+        rest = b""
+        if len(data) > room_bytes:
+            data, rest = data[:room_bytes], data[room_bytes:]
+        if self._progress == _AWAITED:
+            self._progress = _IN_HEAD
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._broken(error)
+            return
+        if self._progress == _COMPLETE:
+            self._reusable = self._reusable and not rest
+            self._release()
+            return
+        self._head_bytes += len(data)
+        self.set_limit()
+        if self._progress == _IN_HEAD and self._head_bytes >= self._call_limit_bytes():
+            self._fail("the head of its answer is too large")
+        elif rest and self._call is not None:
+            self.data_received(rest)
+
+    def _call_limit_bytes(self) -> float:
+        return NEVER_S if self._call is None else self._call.limits.max_header_bytes
+
+    def _bound_overhead(self, fed_bytes: int) -> None:
+        """Chunk extensions and trailers: bytes that nobody receives must have an end."""
+        self._barren_bytes += fed_bytes
+        if self._barren_bytes > self._call_limit_bytes():
+            self._fail("too many bytes of trailers or chunk extensions")
+
+    def _broken(self, error: httptools.HttpParserError) -> None:
+        if self._progress == _COMPLETE:
+            # more than was asked for came behind a complete answer
+            self._reusable = False
+            self._release()
+            return
+        cause = error.__context__
+        if isinstance(cause, _Garbage):
+            self._fail(f"it answered with something that is not HTTP: {cause}")
+        elif isinstance(error, httptools.HttpParserCallbackError) and cause is not None:
+            log.error("a receiver failed", exc_info=cause)
+            self._fail("its answer could not be handled")
+        else:
+            self._fail(f"it answered with something that is not HTTP: {error}")
+
+    def _ended(self, reason: str) -> None:
+        if self._until_close and self._progress == _IN_BODY:
+            self._reusable = False
+            self._release()
+        else:
+            self._fail(f"{reason} {'in the middle of its answer' if self._progress else 'without an answer'}")
+
+    def _release(self) -> None:
+        """The answer is complete: the connection is free before the receiver hears of it, who may want it for the next request."""
+        call, self._call = self._call, None
+        self._receiver = _DEAF
+        self._deadline.due_s = NEVER_S
+        if call is None:
+            return
+        if call.paused:
+            self.transport.resume_reading()
+        self.reused = True
+        # a request not sent to its end (the answer came early) leaves the connection in the middle of it
+        if self._reusable and not self.transport.get_write_buffer_size():
+            self._client.pool(self)
+        else:
+            self.transport.abort()
+        call.ended()
+        call.receiver.on_complete()
+
+    def _fail(self, reason: str, *, timed_out: bool = False) -> None:
+        call = self._call
+        self.drop()
+        if call is None:
+            return
+        sent = self._progress != _AWAITED
+        if self.reused and not sent and not timed_out and call.may_retry():
+            self._client.reopen(call)
+            return
+        call.fail(reason, timed_out=timed_out, sent=sent)
+
+    def _expired(self) -> None:
+        call = self._call
+        if call is None:
+            return
+        if self._time() >= call.total_due_s:
+            reason = f"no complete answer within {call.limits.total_timeout_s:g} s"
+        elif self._progress == _AWAITED:
+            reason = f"no answer within {call.limits.first_byte_timeout_s:g} s"
+        else:
+            reason = f"its answer stood still for {self._chunk_s:g} s"
+        self._fail(reason, timed_out=True)
+
+
+class _Garbage(Exception):
+    """An answer that llhttp accepts and we do not."""
+
+
+class _Surplus(Exception):
+    """Bytes behind the end of an answer."""
