@@ -93,13 +93,13 @@ class Dispatcher:
         return decision
 
     def _decide(
-        self, request: RequestMetadata, candidates: list[ExecutionInstance], key: float
+        self, request: RequestMetadata, candidates: list[ExecutionInstance], key: float, arrival_s: float | None = None
     ) -> tuple[SchedulingDecision, ExecutionInstanceType | None]:
         fleet = self.fleet
         if request.cost_budget is not None:
             candidates = list(affordable(request, candidates, fleet))
         candidates = preferred(request, candidates, fleet)
-        candidates = self.policy.narrow(request, candidates, fleet) or candidates
+        candidates = self.policy.narrow(request, candidates, fleet, arrival_s) or candidates
         role, phase = ExecutionInstanceType.GENERAL, None
         if self.pd_router is not None:
             phase, candidates, _ = self.pd_router.narrow(request, candidates)
@@ -140,7 +140,7 @@ class Dispatcher:
             self._place_in_task(job, candidates)
             return True
         try:
-            decision, phase = self._decide(job.request, candidates, job.key)
+            decision, phase = self._decide(job.request, candidates, job.key, job.arrival_s)
         except (NoInstanceAvailable, BudgetExhausted):
             return False  # those that would do have no room now
         self._start(job, decision, phase)
@@ -151,7 +151,9 @@ class Dispatcher:
             self.queue.pop(job, self.fleet.now_s)
         job.decision = decision
         job.phase = phase
-        job.predicted_ms = decision.estimated_latency_ms
+        # its own work only: what it waits for is already counted by those that it waits for
+        instance = self.fleet.get(decision.instance_id)
+        job.predicted_ms = self.fleet.predictor.service_ms(job.request, instance) if instance is not None else 0.0
         job.state = RequestStatus.SCHEDULED
         self._count_phase(phase, decision)
         self._launch(job, decision)

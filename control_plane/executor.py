@@ -89,8 +89,16 @@ class Attempt:
 
     def cancel(self) -> None:
         """Stop the engine's work; the listener hears nothing."""
-        if self._settle() and self.call is not None:
-            self.call.cancel()
+        call = self.call
+        if self._settle() and call is not None:
+            call.cancel()
+
+    def give_up(self, error: ControlPlaneError) -> None:
+        """Stop the engine's work and report ``error``."""
+        call = self.call
+        if call is not None:
+            call.cancel()
+        self.failed(error)
 
     @property
     def settled(self) -> bool:
@@ -100,6 +108,7 @@ class Attempt:
         if self._settled:
             return False
         self._settled = True
+        self.call = None
         self._executor.closed(self)
         return True
 
@@ -223,7 +232,7 @@ class ExecutionCoordinator:
         attempt = Attempt(job, instance, self, listener)
         job.instance = instance
         call = self.fleet.engine(leg.instance_id).start(leg, job.wire, attempt, job.request)
-        if attempt.call is None:
+        if attempt.call is None and not attempt.settled:
             attempt.call = call
         return attempt
 

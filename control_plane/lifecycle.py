@@ -317,9 +317,7 @@ class RequestLifecycle:
         """Probes found that it answers nothing any more: requests of which nothing has come yet are tried elsewhere."""
         error_text = f"{instance.instance_id} stopped answering"
         for attempt in [found for found in self._attempts.values() if found.instance is instance and not found.sent]:
-            if attempt.call is not None:
-                attempt.call.cancel()
-            attempt.failed(InstanceFailed(error_text, instance_id=instance.instance_id, timed_out=True))
+            attempt.give_up(InstanceFailed(error_text, instance_id=instance.instance_id, timed_out=True))
 
     # ---- ends
 

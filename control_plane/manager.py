@@ -376,7 +376,8 @@ class ControlPlaneManager:
         try:
             now_s = self.clock.now_s()
             self._limits.check(now_s)
-            self.queue.relegate_due(now_s)
+            if self.scheduling_policy.relegates:
+                self.queue.relegate_due(now_s)
             self._review_policy()
             self._violations.append(self.metrics.slo_violations)
             self._records.forget_old(now_s)

@@ -13,7 +13,7 @@ from typing import Any
 
 import uvloop
 
-from control_plane.cli.startup import descriptor_warning, watch_start
+from control_plane.cli.startup import startup_warnings
 from control_plane.config import ControlPlaneConfig, ServerConfig, public_dict
 from control_plane.errors import ConfigurationError
 from control_plane.gateway import Gateway, GatewaySettings
@@ -60,7 +60,7 @@ def configure_logging(level: str) -> None:
 
 async def _serve(manager: ControlPlaneManager, gateway: Gateway, config: ControlPlaneConfig, loop_lag: LoopLag) -> int:
     signals = Signals()
-    if warning := descriptor_warning(raise_descriptor_limit()):
+    for warning in startup_warnings(descriptors=raise_descriptor_limit(), instances=len(manager.get_instances())):
         logger.warning("%s", warning)
     server = config.server
     await manager.start()
@@ -70,9 +70,7 @@ async def _serve(manager: ControlPlaneManager, gateway: Gateway, config: Control
         print(f"listening on {gateway.url}", flush=True)
         if server.admin_port is not None:
             logger.info("the admin API is on %s", gateway.admin_url)
-        watching = asyncio.create_task(watch_start(manager.get_instances(), config))
         await signals.first()
-        watching.cancel()
         logger.info("stopping: running requests have %g s to end; a second signal ends them at once", config.drain_timeout_s)
         return await _stop(gateway, config.drain_timeout_s, signals)
     finally:

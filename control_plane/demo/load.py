@@ -35,8 +35,8 @@ class LoadClass:
     def target(self) -> str:
         """What it asked for, in words."""
         if self.ttft_slo_ms is not None:
-            return f"first token within {self.ttft_slo_ms / 1e3:g} s"
-        return f"done within {self.slo_deadline_ms / 1e3:g} s" if self.slo_deadline_ms is not None else "none"
+            return f"TTFT {self.ttft_slo_ms / 1e3:g} s"
+        return f"done in {self.slo_deadline_ms / 1e3:g} s" if self.slo_deadline_ms is not None else "none"
 
 
 CLASSES = (

@@ -35,14 +35,12 @@ def by_class(seen: Sequence[Seen], duration_s: float) -> Table:
         mine = [found for found in seen if found.load_class is one]
         done = [found for found in mine if found.completed]
         good = sum(found.good for found in mine)
-        ttft, e2e = [found.ttft_ms for found in done], [found.e2e_ms for found in done]
-        times = [_whole(percentile(values, q)) for values in (ttft, e2e) for q in (0.5, 0.95, 0.99)]
         met = f"{good / len(mine):.1%}" if mine else "-"
-        rows.append((one.name, one.priority, one.target, len(mine), len(mine) - len(done), *times, met, f"{good / duration_s:.1f}"))
-    columns = (
-        "class", "priority", "target", "sent", "failed", "TTFT p50 ms", "p95", "p99", "latency p50 ms", "p95", "p99", "met target",
-        "goodput /s",
-    )  # fmt: skip
+        ttft, e2e = _percentiles(found.ttft_ms for found in done), _percentiles(found.e2e_ms for found in done)
+        rows.append(
+            (f"{one.name} ({one.priority})", one.target, len(mine), len(mine) - len(done), ttft, e2e, met, f"{good / duration_s:.1f}/s")
+        )
+    columns = ("class (priority)", "target", "sent", "failed", "TTFT ms p50/p95/p99", "latency ms p50/p95/p99", "met target", "goodput")
     return table("By class", columns, rows)
 
 
@@ -62,7 +60,7 @@ def one_decision(seen: Sequence[Seen]) -> Iterator[str]:
         candidates = found.decision.get("candidates", [])
         if len(candidates) > 1:
             weighed = ", ".join(f"{one['instance_id']} {one['predicted_ms']:,.0f} ms" for one in candidates)
-            yield f"for example {found.request_id} ({found.load_class.name}) went to {found.instance_id}: {weighed} predicted"
+            yield f"for example {found.request_id} ({found.load_class.name}) went to {found.instance_id}; predicted: {weighed}"
             return
 
 
@@ -74,26 +72,26 @@ def cost_of_failure(seen: Sequence[Seen], kill: Kill | None, retried: int) -> It
     lost = [found for found in there if not found.completed]
     others = [found for found in seen if not found.completed and found not in lost]
     back = f"; it served again {kill.back_s - kill.at_s:.1f} s later" if kill.back_s else ""
-    yield f"engine {kill.instance_id} (process {kill.pid}) was killed{back}"
-    yield f"{len(lost)} answers were cut in the middle: their first tokens were with the client, so they could not be sent again"
-    yield f"{retried} requests that had not begun to answer were sent again elsewhere, unnoticed by their clients"
-    if others:
-        yield f"{len(others)} other requests failed: {', '.join(sorted({found.error for found in others})[:3])}"
-    else:
-        yield "no other request failed"
+    yield f"{kill.instance_id} (process {kill.pid}) was killed{back}"
+    yield f"answers cut in the middle: {len(lost)} (their first tokens were with the client, so they could not be run again unnoticed)"
+    yield f"requests sent again elsewhere, unnoticed by their clients: {retried} (they had not begun to answer)"
+    kinds = ", ".join(sorted({found.error for found in others})[:3])
+    yield f"other requests that failed: {len(others)}" + (f" ({kinds})" if kinds else "")
     yield from _added_latency(seen, kill)
 
 
 def _added_latency(seen: Sequence[Seen], kill: Kill) -> Iterator[str]:
+    """Time to first token before and after the kill, over equally long spans, by class."""
     span_s = max(1.0, (kill.back_s or kill.at_s + 5.0) - kill.at_s)
-    before = [found.ttft_ms for found in seen if found.completed and kill.at_s - span_s <= found.sent_s < kill.at_s]
-    during = [found.ttft_ms for found in seen if found.completed and kill.at_s <= found.sent_s < kill.at_s + span_s]
-    p95_before, p95_during = percentile(before, 0.95), percentile(during, 0.95)
-    if p95_before is not None and p95_during is not None:
-        yield (
-            f"time to first token p95 (all classes) in the {span_s:.0f} s before: {p95_before:,.0f} ms, "
-            f"in the {span_s:.0f} s with one engine less: {p95_during:,.0f} ms"
-        )
+    told = []
+    for one in CLASSES:
+        mine = [found for found in seen if found.load_class is one and found.completed]
+        before = percentile((found.ttft_ms for found in mine if kill.at_s - span_s <= found.sent_s < kill.at_s), 0.95)
+        during = percentile((found.ttft_ms for found in mine if kill.at_s <= found.sent_s < kill.at_s + span_s), 0.95)
+        if before is not None and during is not None:
+            told.append(f"{one.name} {before:,.0f} -> {during:,.0f} ms")
+    if told:
+        yield f"p95 time to first token, {span_s:.0f} s before -> {span_s:.0f} s with one engine less: {', '.join(told)}"
 
 
 def _kind_of(found: Seen) -> str:
@@ -102,5 +100,7 @@ def _kind_of(found: Seen) -> str:
     return re.sub(r"\d[\d.,]*", "#", reason)
 
 
-def _whole(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}"
+def _percentiles(values: Iterable[float]) -> str:
+    kept = list(values)
+    found = [percentile(kept, q) for q in (0.5, 0.95, 0.99)]
+    return " / ".join("-" if value is None else f"{value:,.0f}" for value in found)

@@ -137,4 +137,4 @@ class _Demo:
         self._say("control-plane serve --engine http://YOUR-VLLM:8000     (the same over your own engines)")
 
     def _say(self, text: str) -> None:
-        self._out.print(text, markup=False)
+        self._out.print(text, markup=False, soft_wrap=True)  # a command that is cut into lines cannot be copied

@@ -128,8 +128,9 @@ class EngineAnswer:
 
     def cancel(self) -> None:
         self._ended = True
-        if self._call is not None:
-            self._call.cancel()
+        call, self._call = self._call, None
+        if call is not None:
+            call.cancel()
 
     # ---- what the engine's connection says
 
@@ -218,8 +219,6 @@ class EngineAnswer:
         error = self._engine_error(body, status=events.error_status(body))
         error.sent = self._started
         self._fail(error)
-        if self._call is not None:
-            self._call.cancel()
 
     def _end_stream(self, splitter: events.EventSplitter) -> None:
         if splitter.tail.strip():
@@ -242,8 +241,6 @@ class EngineAnswer:
             return
         if not 200 <= self.status < 300:
             self._fail(self._engine_error(b"".join(self._body)[:UNARY_HOLD_BYTES]))
-            if self._call is not None:
-                self._call.cancel()
             return
         held, self._body = b"".join(self._body), []
         self._begin()
@@ -255,6 +252,7 @@ class EngineAnswer:
     def _finish(self, usage: Usage | None) -> None:
         if not self._ended:
             self._ended = True
+            self._call = None  # it refers back to us: without the circle both go at once
             self._sink.finished(EngineOutcome(usage))
 
     def _give_up(self, message: str) -> None:
@@ -262,6 +260,9 @@ class EngineAnswer:
 
     def _fail(self, error: InstanceFailed) -> None:
         self._ended = True
+        call, self._call = self._call, None
+        if call is not None:
+            call.cancel()
         self._sink.failed(error)
 
     def _engine_error(self, body: bytes, status: int | None = None) -> EngineError:

@@ -117,7 +117,6 @@ class Record:
         self.ejections = 0
         self.trial = False
         self.need_warmup = instance.warmup
-        instance.learned_concurrency = None
         instance.engine = type(instance.engine)()
         if self.kinds_learned:
             instance.supported_request_types = None

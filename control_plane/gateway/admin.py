@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from control_plane.errors import ControlPlaneError, InstanceNotFound, InvalidRequest
 from control_plane.gateway.instances import change_instance, describe_instance, make_instance
-from control_plane.gateway.replies import UnknownPath, WrongMethod, encode, error_answer
+from control_plane.gateway.replies import InternalError, UnknownPath, WrongMethod, encode, error_answer
 from control_plane.gateway.settings import GatewaySettings
 from control_plane.manager import ControlPlaneManager
 from control_plane.policies import POLICIES
@@ -178,7 +178,7 @@ def make_admin_app(
     manager: ControlPlaneManager, settings: GatewaySettings, config: Callable[[], dict[str, Any]] | None = None
 ) -> Starlette:
     """The admin application. ``config``: what ``/control/v1/config`` shows beside what is asked from ``manager`` and ``settings``."""
-    handlers = {ControlPlaneError: _on_error, HTTPException: _on_http_error}
+    handlers = {ControlPlaneError: _on_error, HTTPException: _on_http_error, Exception: _on_crash}
     return Starlette(routes=AdminApi(manager, settings, config).routes(), exception_handlers=handlers)
 
 
@@ -190,6 +190,11 @@ def _error_response(error: ControlPlaneError) -> Response:
 async def _on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ControlPlaneError)
     return _error_response(error)
+
+
+async def _on_crash(request: Request, error: Exception) -> Response:
+    """The client's answer to a fault of ours; whoever runs the application hears of it and logs it."""
+    return _error_response(InternalError("The admin API failed inside; its log tells why."))
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -160,6 +160,10 @@ class Relay:
             self.refused[error.code] += 1
             sink.failed(error)
             return
+        except Exception:
+            self.open.discard(sink)
+            sink.let_go()
+            raise
         if sink.exchange is not None:
             sink.job = job
 

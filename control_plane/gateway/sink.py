@@ -169,6 +169,10 @@ class ClientSink:
 
     def _end(self, status: int, code: str) -> None:
         self._desk.ended(self, status, code)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Write nothing from now on, and hold nothing."""
         exchange, self.exchange = self.exchange, None
         self.chunk = _drop
         self.job = None

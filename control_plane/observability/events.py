@@ -15,8 +15,23 @@ from typing import Any
 
 from control_plane.clock import Clock
 
-#: an event whose name contains one of these is a warning; the rest is information
-WARNING_WORDS = ("fail", "unhealthy", "eject", "wrong_model", "lost", "refused", "warning", "timeout", "differ")
+#: events that say that something is not as it should be; the rest is information
+WARNINGS = frozenset(
+    (
+        "access_log_failed",
+        "ejection_withheld",
+        "engine_metrics_missing",
+        "instance_down",
+        "instance_restarted",
+        "model_changed",
+        "models_differ",
+        "models_unreadable",
+        "nothing_served",
+        "prefix_caching_off",
+        "warmup_failed",
+        "wrong_model",
+    )
+)
 #: different names that are counted; names come from code, so the bound is a guard and never met
 MAX_NAMES = 500
 
@@ -52,7 +67,7 @@ class EventLog:
         happened = Event(self._clock.utc(self._clock.now_s()), name, message, fields)
         self._ring.append(happened)
         self.counts[name if name in self.counts or len(self.counts) < MAX_NAMES else "other"] += 1
-        level = level_of(name)
+        level = logging.WARNING if name in WARNINGS else logging.INFO
         if self._logger.isEnabledFor(level):
             self._logger.log(level, "%s", happened.line())
 
@@ -60,10 +75,6 @@ class EventLog:
         """The last ``limit`` events, newest first."""
         newest_first = reversed(self._ring)
         return [event for event, _ in zip(newest_first, range(limit), strict=False)]
-
-
-def level_of(name: str) -> int:
-    return logging.WARNING if any(word in name for word in WARNING_WORDS) else logging.INFO
 
 
 def one_line(text: str) -> str:

@@ -28,11 +28,15 @@ from control_plane.sim_engine.replies import Reply
 from control_plane.sim_engine.routes import KINDS, find_route
 from control_plane.sim_engine.tokens import Tokenizer
 from control_plane.sim_engine.words import Sampling, Speaker
-from control_plane.transport import Exchange, HttpServer
+from control_plane.transport import Exchange, HttpServer, ServerLimits
 
 VLLM_VERSION: Final = "0.32.0"
+#: an idle connection is closed after this long, as by vLLM's uvicorn
+KEEP_ALIVE_S: Final = 5.0
 #: paths that vLLM's own request counter leaves out
 _UNCOUNTED: Final = frozenset({"/health", "/metrics", "/ping", "/version", "/load"})
+#: for the last bytes to leave
+_FLUSH_S: Final = 0.1
 Header = tuple[bytes, bytes]
 
 
@@ -109,7 +113,7 @@ class SimEngine:
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
         """Listen. Port 0: any free one, see :attr:`port`."""
         self._pump = Pump(self.model, self.metrics, asyncio.get_running_loop(), self.speed)
-        self._server = HttpServer(self._handle)
+        self._server = HttpServer(self._handle, limits=ServerLimits(idle_timeout_s=KEEP_ALIVE_S))
         await self._server.start(host, port)
 
     @property
@@ -121,17 +125,25 @@ class SimEngine:
         return self._running().url
 
     async def stop(self, grace_s: float = 0.0) -> None:
-        """Stop listening; answers under way have ``grace_s`` seconds to end."""
+        """Stop listening. Answers under way have ``grace_s`` seconds to end; 0: they end now, with the reason ``abort``, as in vLLM."""
         server, self._server = self._server, None
-        if server is not None:
-            if not grace_s:
-                self.abort_all()
-            await server.stop(grace_s)
-            self.pump.close()
+        if server is None:
+            return
+        if self._hanging is not None:
+            self.abort_all()
+        elif not grace_s:
+            for reply in list(self._replies):
+                reply.cut_short()
+        await server.stop(max(grace_s, _FLUSH_S))
+        self.pump.close()
 
     async def kill(self) -> None:
         """Be gone at once, as after a crash: every connection dropped, nobody listening."""
-        await self.stop(0.0)
+        server, self._server = self._server, None
+        if server is not None:
+            self.abort_all()
+            self.pump.close()
+            await server.stop(0.0)
 
     def abort_all(self) -> None:
         """Drop the connections of all requests under way, without an answer."""

@@ -79,7 +79,7 @@ def _match(parsed: Any) -> str:
 
 def _match_one(operation: str, argument: Any) -> str:
     if operation == "literal":
-        return chr(argument)
+        return chr(int(argument))
     if operation == "in":
         return _match_set(argument)
     if operation in ("max_repeat", "min_repeat", "possessive_repeat"):
@@ -100,7 +100,7 @@ def _match_set(choices: Any) -> str:
         refused = {chr(value) for kind, value in choices if str(kind).lower() == "literal"}
         return next(letter for letter in "abcdefghijklmnopqrstuvwxyz0123456789_ " if letter not in refused)
     if operation == "range":
-        return chr(argument[0])
+        return chr(int(argument[0]))
     if operation == "category":
         return {"category_digit": "0", "category_space": " "}.get(str(argument).lower(), "a")
     return chr(int(argument))

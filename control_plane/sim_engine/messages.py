@@ -84,9 +84,9 @@ def _tool_choice(choice: Any) -> Any:
     return {"any": "required", "none": "none"}.get(str(kind), "auto")
 
 
-def _stop(generation: Generation, called: bool) -> tuple[str, str | None]:
-    if generation.finish_reason == "length":
-        return "max_tokens", None
+def _stop(generation: Generation, called: bool) -> tuple[str | None, str | None]:
+    if generation.finish_reason in ("length", "abort"):
+        return ("max_tokens" if generation.finish_reason == "length" else None), None
     if isinstance(generation.stop_reason, str):
         return "stop_sequence", generation.stop_reason
     return ("tool_use" if called else "end_turn"), None

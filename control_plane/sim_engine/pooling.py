@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import xxhash
 
 from control_plane.sim_engine.choices import Choice
-from control_plane.sim_engine.errors import ApiError, too_long, validation
+from control_plane.sim_engine.errors import ApiError, shown, too_long, validation
 from control_plane.sim_engine.fields import Body, check, integer, parse, string
 from control_plane.sim_engine.params import Options
 from control_plane.sim_engine.replies import Json, Reply
@@ -81,7 +81,7 @@ def _inputs(engine: SimEngine, body: Body) -> list[list[int]]:
     if "messages" in body:
         return [engine.prompts.chat(body["messages"])]
     if "input" not in body:
-        raise validation([{"type": "missing", "loc": "body.input", "msg": "Field required", "input": f"<dict of {len(body)} items>"}])
+        raise validation([{"type": "missing", "loc": "body.input", "msg": "Field required", "input": shown(body)}])
     given = body["input"]
     if given == "":
         raise ApiError(400, "The decoder prompt cannot be empty")
@@ -153,8 +153,9 @@ def score(engine: SimEngine, exchange: Exchange) -> None:
     body = _body(engine, exchange)
     names = next((pair for pair in (("text_1", "text_2"), ("queries", "documents"), ("data_1", "data_2")) if pair[0] in body), None)
     if names is None or names[1] not in body:
-        missing = names[1] if names else "text_1"
-        raise validation([{"type": "missing", "loc": f"body.{missing}", "msg": "Field required", "input": f"<dict of {len(body)} items>"}])
+        text = shown(body)
+        found = [{"type": "missing", "loc": f"body.{name}", "msg": "Field required", "input": text} for name in ("queries", "documents")]
+        raise validation(found)
     left, right = _texts(body[names[0]]), _texts(body[names[1]])
     if len(left) not in (1, len(right)):
         raise ApiError(400, "Input lengths must be either 1:1, 1:N or N:N")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
-from control_plane.sim_engine.errors import MAX_TOKEN_CHARACTERS, invalid, too_long, too_many_characters, validation
+from control_plane.sim_engine.errors import MAX_TOKEN_CHARACTERS, invalid, shown, too_long, too_many_characters, validation
 from control_plane.sim_engine.tokens import IM_END, IM_START, VOCABULARY_SIZE, Tokenizer
+
+#: vLLM tries a message as every kind it knows and reports them all; here only the first is
+_FIRST_KIND: Final = "ChatCompletionDeveloperMessageParam"
 
 
 class Prompts:
@@ -30,8 +33,8 @@ class Prompts:
             tokens += self._turn("tools", msgspec.json.encode(tools).decode())
         for place, message in enumerate(messages):
             if not isinstance(message, dict) or "role" not in message:
-                found = {"type": "missing", "loc": f"body.messages.{place}.role", "msg": "Field required", "input": str(message)}
-                raise validation([found])
+                field = f"body.messages.{place}.{_FIRST_KIND}.role"
+                raise validation([{"type": "missing", "loc": field, "msg": "Field required", "input": shown(message)}])
             tokens += self._turn(str(message["role"]), self.content(message, place))
         if continued:
             return tokens[:-2]
@@ -45,7 +48,7 @@ class Prompts:
         content = message.get("content")
         calls = message.get("tool_calls")
         if content is None and calls is None and message["role"] in ("user", "system", "developer", "tool"):
-            field = f"body.messages.{place}.content"
+            field = f"body.messages.{place}.{_FIRST_KIND}.content"
             raise validation([{"type": "string_type", "loc": field, "msg": "Input should be a valid string", "input": "None"}])
         text = content if isinstance(content, str) else "".join(self._part(part) for part in content or ())
         return text + msgspec.json.encode(calls).decode() if calls else text

@@ -12,6 +12,8 @@ from control_plane.sim_engine.metrics import EngineMetrics
 
 #: steps caught up with in one go before other work of the event loop gets its turn
 _STEPS_PER_WAKE: Final = 32
+#: a step may end this much early: event loops count timers in milliseconds, and would else be asked again and again
+_TIMER_SLACK_S: Final = 0.001
 #: real seconds the pump may lag before it gives up catching up
 _MAX_LAG_S: Final = 0.25
 
@@ -73,7 +75,7 @@ class Pump:
                 run = self.model.run
                 now_s = self.now_s()
                 if run is not None:
-                    if run.end_s > now_s:
+                    if run.end_s > now_s + _TIMER_SLACK_S * self.speed:
                         break
                     self._finish(run)
                     if self._halted:

@@ -50,6 +50,17 @@ class Reply:
             self.engine.ended(self)
             self.finish()
 
+    def cut_short(self) -> None:
+        """The engine goes away: end with what there is, and the reason ``abort``."""
+        self.engine.pump.abort(self.choices)
+        for choice in self.choices:
+            generation = choice.generation
+            if choice.produced < choice.output_tokens and generation is not None:
+                generation.cut(choice.produced)
+                choice.output_tokens = choice.produced
+                self.token(choice)
+                self.done(choice)
+
     def leave(self) -> None:
         """The client left: its sequences need no longer be computed."""
         self.engine.ended(self)

@@ -82,6 +82,15 @@ class Generation:
             for _ in range(min(_BATCH, self.total - len(ids))):
                 ids.append(next(self._tokens)[0])
 
+    def cut(self, count: int) -> None:
+        """End after ``count`` tokens: the engine was stopped."""
+        self.extend(count)
+        del self.ids[count:]
+        self.total = count
+        self.finish_reason = "abort"
+        self.stop_reason = None
+        self.include_last = True
+
     def text(self, tokenizer: Tokenizer, count: int | None = None) -> str:
         """The text of the first ``count`` tokens (all of them: without what a stop takes away)."""
         if count is not None and count < self.total:

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,11 @@ import yaml
 from control_plane import ControlPlaneManager, ExecutionInstance
 from control_plane.cli import main, operate
 from control_plane.cli.flags import OWN_FLAGS, overrides_from
-from control_plane.cli.startup import descriptor_warning, fleet_warnings
+from control_plane.cli.startup import startup_warnings
 from control_plane.config import ControlPlaneConfig, ServerConfig
 from control_plane.errors import ConfigurationError, ControlPlaneError
 from control_plane.gateway import Gateway, GatewaySettings
-from control_plane.types import EngineStats, HealthStatus
+from control_plane.types import HealthStatus
 
 COMMAND = (sys.executable, "-m", "control_plane.cli")
 
@@ -160,32 +161,13 @@ def test_schema_is_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 # ---- warnings at the start
 
 
-def ready(**fields: Any) -> ExecutionInstance:
-    return ExecutionInstance(**{"instance_id": "a", "model_name": "m", "engine": EngineStats(at_s=1.0, prefix_caching=True)} | fields)
+def test_what_is_said_of_the_surroundings_at_the_start() -> None:
+    (few,) = startup_warnings(descriptors=256, instances=1)
+    (empty,) = startup_warnings(descriptors=65_536, instances=0)
 
-
-@pytest.mark.parametrize(
-    ("instances", "configured", "said"),
-    [
-        pytest.param([ready()], {}, [], id="all is well"),
-        pytest.param([], {}, ["no instances"], id="none"),
-        pytest.param([ready(model_name="")], {}, ["a serves nothing yet"], id="nothing served"),
-        pytest.param([ready(health_status=HealthStatus.UNHEALTHY)], {}, ["is unhealthy"], id="down"),
-        pytest.param([ready()], {"a": "other"}, ["is configured with model other but serves m"], id="other model"),
-        pytest.param([ready(health_status=HealthStatus.WRONG_MODEL)], {"a": "m"}, ["it gets no work"], id="wrong model"),
-        pytest.param([ready(engine=EngineStats(at_s=1.0, prefix_caching=False))], {}, ["without prefix caching"], id="no prefix cache"),
-    ],
-)
-def test_what_is_said_of_engines_at_the_start(instances: list[ExecutionInstance], configured: dict[str, str], said: list[str]) -> None:
-    warnings = list(fleet_warnings(instances, configured))
-
-    assert len(warnings) == len(said)
-    assert all(words in warning for words, warning in zip(said, warnings, strict=True))
-
-
-def test_few_descriptors_are_said() -> None:
-    assert "only 256 file descriptors" in (descriptor_warning(256) or "")
-    assert descriptor_warning(65_536) is None
+    assert "only 256 file descriptors" in few
+    assert "no instances" in empty
+    assert list(startup_warnings(descriptors=65_536, instances=1)) == []
 
 
 # ---- operating a running gateway
@@ -314,9 +296,17 @@ def test_serve_over_a_simulated_engine_from_start_to_signal(started: list[Runnin
     assert b"control_plane_loop_lag_seconds" in page
     status, config = fetch(f"{serve.url}/control/v1/config")
     assert (status, json.loads(config)["queue_timeout_s"]) == (200, 30.0)
+    found: list[str] = []
+    for _ in range(100):
+        found = [one["health_status"] for one in json.loads(fetch(f"{serve.url}/control/v1/instances")[1])["instances"]]
+        if "unhealthy" in found:
+            break
+        time.sleep(0.05)
+    assert found == ["healthy", "unhealthy"]
     code, errors = serve.end()
     assert code == 0
     assert "stopping" in errors
+    assert re.search(r"WARNING control_plane.events 127.0.0.1:9: .*event=instance_down", errors)
     assert '"status":200' in errors
 
 

@@ -45,10 +45,10 @@ def test_goodput_counts_what_completed_and_met_its_target() -> None:
     rows = [re.split(r"\s{2,}", line.strip()) for line in text_of(by_class(answers, duration_s=2.0)).splitlines()]
     cells = {row[0]: row for row in rows}
 
-    assert cells["interactive"][3:5] == ["3", "1"]
-    assert cells["interactive"][-2:] == ["33.3%", "0.5"]
-    assert cells["standard"][-2:] == ["100.0%", "0.5"]
-    assert cells["batch"][-2:] == ["-", "0.0"]
+    assert cells["interactive (high)"][2:6] == ["3", "1", "900 / 900 / 900", "9,000 / 9,000 / 9,000"]
+    assert cells["interactive (high)"][-2:] == ["33.3%", "0.5/s"]
+    assert cells["standard (normal)"][-2:] == ["100.0%", "0.5/s"]
+    assert cells["batch (background)"][-3:] == ["- / - / -", "-", "0.0/s"]
 
 
 def test_reasons_are_grouped_without_their_numbers() -> None:
@@ -70,14 +70,14 @@ def test_what_the_killed_engine_cost() -> None:
     told = " / ".join(cost_of_failure(answers, kill, retried=3))
 
     assert "engine-b (process 42) was killed; it served again 5.0 s later" in told
-    assert "1 answers were cut in the middle" in told
-    assert "3 requests that had not begun" in told
-    assert "1 other requests failed: 503 queue_full" in told
-    assert "before: 100 ms, in the 5 s with one engine less: 700 ms" in told
+    assert "answers cut in the middle: 1" in told
+    assert "unnoticed by their clients: 3" in told
+    assert "other requests that failed: 1 (503 queue_full)" in told
+    assert "5 s before -> 5 s with one engine less: standard 50 -> 700 ms" in told
 
 
 def test_a_short_demo_runs_to_its_end_and_leaves_nothing_behind() -> None:
-    command = [sys.executable, "-m", "control_plane.cli", "demo", "--duration-s", "3", "--seed", "1"]
+    command = [sys.executable, "-m", "control_plane.cli", "demo", "--duration-s", "2", "--seed", "1"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("CONTROL_PLANE_")}
     done = subprocess.run(command, capture_output=True, text=True, timeout=50, env=environment, stdin=subprocess.DEVNULL, check=False)
 

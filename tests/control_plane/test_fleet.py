@@ -140,6 +140,8 @@ class TestEligible:
     def test_what_the_owner_sets_counts_at_once(self, make: Make, clock: ManualClock, count: int) -> None:
         fleet = make(*some(count))
         first, second = fleet.instances()[:2]
+        clock.advance(0.2)
+        assert len(fleet.eligible(CHAT)) == count
         first.is_available = False
         second.health_status = "unhealthy"
         assert len(fleet.eligible(CHAT)) == count - 2
@@ -360,8 +362,11 @@ class TestPassiveMarking:
     def test_old_failures_do_not_add_up_to_a_rate(self, make: Make, clock: ManualClock) -> None:
         (a,) = some(1)
         fleet = make(a)
-        for _ in range(40):
+        for _ in range(10):
             fleet.record_failure(a, SICK)
+            for _ in range(8):
+                fleet.record_success(a)
+                fleet.record_failure(a, SICK)
             fleet.record_success(a)
             clock.advance(20.0)
         assert a.is_usable

@@ -181,6 +181,13 @@ class TestLearning:
         assert house.instance.supported_request_types is None
         assert house.serves
 
+    async def test_a_server_that_wants_a_key_for_everything_does_not_tell_its_kinds(self, house: House) -> None:
+        answer = house.engine.answer
+        house.engine.answer = lambda path: (401, b"") if path.startswith("/v1/c") else answer(path)  # type: ignore[method-assign]
+        house.engine.paths = {"/v1/embeddings"}
+        await house.probe()
+        assert house.instance.supported_request_types is None
+
     async def test_kinds_given_by_the_owner_stay(self, house: House) -> None:
         house.instance.supported_request_types = {"embedding"}
         await house.probe()
@@ -267,6 +274,7 @@ class TestLearning:
         house.engine.restart()
         await house.probe()
         assert house.instance.learned_concurrency is None
+        assert house.changed == ["a", "a"]
 
 
 class TestDownAndUp:
@@ -427,6 +435,24 @@ class TestWarmup:
         assert await probing
         assert house.serves
 
+    async def test_again_when_it_was_away_and_does_not_tell_whether_it_restarted(self, house: House) -> None:
+        house.engine.tells_metrics = False
+        await house.probe()
+        house.engine.refuses = True
+        await house.probe()
+        house.engine.refuses = False
+        await house.probe()
+        assert len(house.engine.requests) == 2
+
+    async def test_not_again_when_only_the_way_there_was_cut(self, house: House) -> None:
+        await house.probe()
+        house.engine.refuses = True
+        await house.probe()
+        house.engine.refuses = False
+        await house.probe()
+        assert len(house.engine.requests) == 1
+        assert house.serves
+
     async def test_an_embedding_server_is_warmed_by_an_embedding(self, house: House) -> None:
         house.engine.paths = {"/v1/embeddings"}
         await house.probe()
@@ -568,6 +594,12 @@ class TestLoop:
         house.engine.refuses = False
         await until(lambda: house.serves)
         assert house.events.names == ["instance_up", "instance_down", "instance_recovered"]
+
+    async def test_a_refusal_needs_no_second_probe(self, begin: Begin) -> None:
+        house = begin(probe_misses=1_000_000)
+        house.engine.refuses = True
+        house.fleet.start()
+        await until(lambda: house.state == "unhealthy")
 
     async def test_a_missed_probe_makes_it_second_choice_two_make_it_unhealthy(self, begin: Begin) -> None:
         house = begin(*(ExecutionInstance(instance_id=name, port=port, model_name="m") for port, name in enumerate("ab")))

@@ -25,12 +25,15 @@ def instances() -> list[ExecutionInstance]:
     return [
         ExecutionInstance(
             instance_id="p",
+            model_name="m",
             instance_type="prefilling",
             tensor_parallel_size=4,
             gpu_count=4,
             prefilling_config=PrefillingConfig(target_batch_size=2),
         ),
-        ExecutionInstance(instance_id="d", model_name="m", instance_type="decoding", decoding_config=DecodingConfig(max_parallel_requests=2)),
+        ExecutionInstance(
+            instance_id="d", model_name="m", instance_type="decoding", decoding_config=DecodingConfig(max_parallel_requests=2)
+        ),
         ExecutionInstance(instance_id="g", model_name="m"),
     ]
 

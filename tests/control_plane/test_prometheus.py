@@ -47,7 +47,7 @@ def recorder(clock: ManualClock, instance: ExecutionInstance) -> MetricsRecorder
 @pytest.fixture
 def exporter(recorder: MetricsRecorder, clock: ManualClock, instance: ExecutionInstance) -> PrometheusExporter:
     events = EventLog(clock)
-    events.event("instance_unhealthy", "a is gone")
+    events.event("instance_down", "a is gone")
     return PrometheusExporter(recorder, lambda: Readings([instance], 7, 1_024, 2, "fifo", "random"), clock, events=events)
 
 
@@ -74,7 +74,7 @@ def test_the_page_holds_what_was_counted(exporter: PrometheusExporter) -> None:
     assert found["control_plane_retries_total", ()] == 1
     assert found["control_plane_failures_total", (("code", "instance_failed"),)] == 1
     assert found["control_plane_instance_failed_requests_total", (("instance_id", "a"),)] == 2
-    assert found["control_plane_events_total", (("event", "instance_unhealthy"),)] == 1
+    assert found["control_plane_events_total", (("event", "instance_down"),)] == 1
     assert found["control_plane_instance_outstanding_seconds", (("instance_id", "a"),)] == 2.5
     assert found["control_plane_instance_concurrency_limit", (("instance_id", "a"),)] == float("inf")
     assert found["control_plane_instance_completed_requests_total", (("instance_id", "a"),)] == 1
@@ -130,11 +130,11 @@ def test_events_are_kept_counted_and_logged_on_one_line(clock: ManualClock, capl
     with caplog.at_level(logging.INFO, logger="control_plane.events"):
         for number in range(5):
             log.event("policy_switched", f"now {number}", policy="fifo")
-        log.event("instance_unhealthy", "refused\nroot: logged in", instance_id="a b", ms=1.25)
+        log.event("instance_down", "refused\nroot: logged in", instance_id="a b", ms=1.25)
 
-    assert log.counts == {"policy_switched": 5, "instance_unhealthy": 1}
+    assert log.counts == {"policy_switched": 5, "instance_down": 1}
     assert [event.message for event in log.recent(2)] == ["refused\nroot: logged in", "now 4"]
     assert len(log.recent()) == 3
     assert caplog.records[-1].levelno == logging.WARNING
     assert caplog.records[0].levelno == logging.INFO
-    assert caplog.records[-1].getMessage() == r'refused\nroot: logged in event=instance_unhealthy instance_id="a b" ms=1.25'
+    assert caplog.records[-1].getMessage() == r'refused\nroot: logged in event=instance_down instance_id="a b" ms=1.25'

@@ -305,24 +305,9 @@ def test_a_certificate_that_is_none_is_named(tmp_path: Path) -> None:
 
 async def test_it_serves_tls(make_stand: Any, tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    made = subprocess.run(  # noqa: ASYNC221
-        [
-            "openssl",
-            "req",
-            "-x509",
-            "-newkey",
-            "ec",
-            "-pkeyopt",
-            "ec_paramgen_curve:P-256",
-            "-nodes",
-            "-days",
-            "1",
-            "-subj",
-            "/CN=localhost",
-        ]
-        + ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)],
-        capture_output=True,
-    )
+    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -subj /CN=localhost".split()
+    files = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    made = subprocess.run([*command, *files], capture_output=True)  # noqa: ASYNC221
     if made.returncode:
         pytest.skip("openssl is not here to make a certificate")
     stand = await make_stand(settings=GatewaySettings(access_log=False, tls_cert_path=str(cert), tls_key_path=str(key)))
