@@ -49,7 +49,7 @@ test: $(VENV)/.installed-test
 
 test-real: $(VENV)/.installed-test
 	scripts/real_vllm/install.sh
-	cd tests/control_plane && $(BIN)/python -m pytest -v -m real $(PYTEST_ARGS)
+	cd tests/control_plane && $(BIN)/python -m pytest -v -m real --timeout 300 $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

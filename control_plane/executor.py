@@ -19,7 +19,7 @@ from control_plane.errors import ControlPlaneError, InstanceFailed, InstanceNotF
 from control_plane.fleet import Fleet, HealthSettings, parse_models
 from control_plane.job import Job
 from control_plane.prediction import LatencyPredictor
-from control_plane.protocols import Call, Engine, EngineOutcome, EventSink, Headers, Predictor
+from control_plane.protocols import Call, Engine, EngineOutcome, EventSink, Headers, Predictor, PrefixMatches
 from control_plane.transport import ClientLimits, HttpClient
 from control_plane.types import (
     ExecutionInstance,
@@ -132,6 +132,7 @@ class ExecutionCoordinator:
         events: EventSink | None = None,
         health: HealthSettings | None = None,
         enable_monitoring: bool = True,
+        prefixes: PrefixMatches | None = None,
         rng: Random | None = None,
     ) -> None:
         self.clock = clock or SystemClock()
@@ -143,6 +144,7 @@ class ExecutionCoordinator:
             events=events,
             engine_factory=self._make_engine,
             settings=replace(health or HealthSettings(), monitoring=enable_monitoring),
+            prefixes=prefixes,
             rng=rng,
         )
         self._loose: dict[str, Engine] = {}

@@ -24,6 +24,7 @@ from control_plane.errors import (
     RequestCancelled,
 )
 from control_plane.executor import Attempt, ExecutionCoordinator
+from control_plane.fleet import PrefixIndex
 from control_plane.job import Job, LaneKey
 from control_plane.observability.metrics import MetricsRecorder
 from control_plane.policies import SchedulingPolicy
@@ -51,6 +52,7 @@ class RequestLifecycle:
         records: RequestRecords,
         metrics: MetricsRecorder,
         predictor: LatencyPredictor,
+        prefixes: PrefixIndex,
         rng: Random,
         default_model: str | None,
         no_instance_timeout_s: float,
@@ -69,6 +71,7 @@ class RequestLifecycle:
         self._fleet = executor.fleet
         self._metrics = metrics
         self._predictor = predictor
+        self._prefixes = prefixes
         self._no_instance_timeout_s = no_instance_timeout_s
         self._max_attempts = max_attempts
         self._attempts: dict[str, Attempt] = {}
@@ -232,6 +235,7 @@ class RequestLifecycle:
             return
         if not attempt.settled:
             self._attempts[request.request_id] = attempt
+            self._prefixes.sent(request, attempt.instance)
 
     def attempt_finished(self, attempt: Attempt, outcome: EngineOutcome) -> None:
         """The executor reports a good end."""

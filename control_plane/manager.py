@@ -18,7 +18,7 @@ from control_plane.dispatch import Dispatcher
 from control_plane.engines import AnswerSink, StreamSink, delta_text
 from control_plane.errors import ConfigurationError, ControlPlaneError, Draining, InstanceNotFound, InvalidRequest, RequestCancelled
 from control_plane.executor import EngineFactory, ExecutionCoordinator
-from control_plane.fleet import Fleet, HealthSettings
+from control_plane.fleet import Fleet, HealthSettings, PrefixIndex
 from control_plane.job import Job
 from control_plane.lifecycle import RequestLifecycle
 from control_plane.observability.events import EventLog
@@ -117,6 +117,7 @@ class ControlPlaneManager:
         self.pd_config = pd_config or PDSeparationConfig()
         self._rng = Random(seed)
         self.predictor = LatencyPredictor()
+        self.prefixes = PrefixIndex()
         self.executor = ExecutionCoordinator(
             clock=self.clock,
             limits=ClientLimits(
@@ -131,6 +132,7 @@ class ControlPlaneManager:
             events=self.events,
             health=health,
             enable_monitoring=enable_monitoring,
+            prefixes=self.prefixes,
             rng=Random(self._rng.random()),
         )
         self.fleet: Fleet = self.executor.fleet
@@ -148,6 +150,7 @@ class ControlPlaneManager:
             records=self._records,
             metrics=self.metrics,
             predictor=self.predictor,
+            prefixes=self.prefixes,
             rng=self._rng,
             default_model=default_model,
             no_instance_timeout_s=no_instance_timeout_s,
@@ -166,6 +169,7 @@ class ControlPlaneManager:
         self._lifecycle.bind(self._dispatcher)
         self.fleet.on_change = self._dispatcher.room
         self.fleet.on_hung = self._lifecycle.instance_hung
+        self.fleet.on_forget = self._instance_forgotten
         self._bind_policy(self.scheduling_policy)
         self._limits = QueueTimeLimits(
             self.queue,
@@ -203,6 +207,10 @@ class ControlPlaneManager:
     def cancel(self, job: Job, error: ControlPlaneError | None = None) -> None:
         """Drop a request wherever it is. Its sink hears ``error`` if one is given, else nothing more. May repeat."""
         self._lifecycle.cancel(job, error)
+
+    def fail(self, job: Job, error: ControlPlaneError) -> None:
+        """End a request that its caller did not give up; its sink hears ``error``. May repeat."""
+        self._lifecycle.end_failed(job, error)
 
     def resolve_model(self, model: str | None) -> str:
         """The model meant by ``model`` (None: the default, else the only one). Raises ModelNotFound or InvalidRequest."""
@@ -383,6 +391,10 @@ class ControlPlaneManager:
             self._records.forget_old(now_s)
         finally:
             self._tick_handle = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+
+    def _instance_forgotten(self, instance: ExecutionInstance) -> None:
+        self.prefixes.forget(instance.instance_id)
+        self.predictor.forget(instance.instance_id)
 
     # ---- policy and router
 

@@ -74,9 +74,9 @@ async def _serve(manager: ControlPlaneManager, gateway: Gateway, config: Control
         logger.info("stopping: running requests have %g s to end; a second signal ends them at once", config.drain_timeout_s)
         return await _stop(gateway, config.drain_timeout_s, signals)
     finally:
-        signals.close()
         loop_lag.stop()
         await manager.stop(0.0)
+        signals.close()
 
 
 async def _stop(gateway: Gateway, drain_timeout_s: float, signals: Signals) -> int:

@@ -6,6 +6,7 @@ Layers, the later wins: file, ``CONTROL_PLANE_*`` (``__`` between levels: ``CONT
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from control_plane.config.values import expand
 from control_plane.errors import ConfigurationError
 
 ENV_PREFIX = "CONTROL_PLANE_"
+_SERVICE_LINK = re.compile(r"SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?")
 #: known words that have no effect in this version, and why
 NOT_YET = {"discovery": "instances from discovery are not available yet; list them under `instances`"}
 
@@ -102,7 +104,7 @@ class _NoDuplicates(yaml.SafeLoader):
 
 def _from_environment(problems: list[str]) -> dict[str, Any]:
     known = env_names(ControlPlaneConfig, ENV_PREFIX)
-    unknown = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known)
+    unknown = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known and not _is_service_link(name))
     problems += [f"{name}: no such setting{_guess(nearest(name, known))}" for name in unknown]
     try:
         given = EnvSettingsSource(ControlPlaneConfig)()
@@ -110,6 +112,12 @@ def _from_environment(problems: list[str]) -> dict[str, Any]:
     except SettingsError as error:
         problems.append(f"environment: {error}; lists and mappings are written as JSON")
         return {}
+
+
+def _is_service_link(name: str) -> bool:
+    """Kubernetes gives every pod such variables for each service; ours may well be called ``control-plane``."""
+    rest = name.removeprefix(ENV_PREFIX)
+    return bool(_SERVICE_LINK.fullmatch(rest)) or (rest == "PORT" and "://" in os.environ[name])
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from control_plane.fleet import HealthSettings
 from control_plane.policies import POLICIES
@@ -188,6 +188,18 @@ class ControlPlaneConfig(BaseSettings):
     """Probes, passive marking, ejection."""
     instances: list[InstanceConfig] = Field(default_factory=list)
     server: ServerConfig = Field(default_factory=ServerConfig)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what is handed in: ``load_config`` reads file and environment, and says what is wrong with each."""
+        return (init_settings,)
 
     @field_validator("scheduling_policy")
     @classmethod

@@ -45,6 +45,7 @@ class Introspection:
         if away and record.contacted and record.started_at is None:
             # no start time tells whether it is the same process: assume it is not
             record.forget_server()
+            self._status.forget(record.instance)
         if not record.contacted:
             await self._first_contact(record, engine)
         settled = record.contacted and record.serves_model and bool(record.instance.model_name)
@@ -76,6 +77,7 @@ class Introspection:
 
     def _restart(self, record: Record) -> None:
         record.forget_server()
+        self._status.forget(record.instance)
         self._status.say(record, "instance_restarted", "its server was restarted; what was learned from it is dropped")
 
     def _note(self, record: Record, scrape: Scrape) -> None:

@@ -108,6 +108,15 @@ class Fleet:
     def on_hung(self, listener: Listener | None) -> None:
         self._status.on_hung = listener
 
+    @property
+    def on_forget(self) -> Listener | None:
+        """Called when what was learned of an instance holds no more: its server restarted, or it left."""
+        return self._status.on_forget
+
+    @on_forget.setter
+    def on_forget(self, listener: Listener | None) -> None:
+        self._status.on_forget = listener
+
     # ---- membership
 
     def add(self, instance: ExecutionInstance) -> None:
@@ -145,6 +154,7 @@ class Fleet:
         else:
             self._close_engine(record)
         self._status.changed(instance)
+        self._status.forget(instance)
         return instance
 
     # ---- lookups by model

@@ -21,6 +21,7 @@ class StatusBook:
     Attributes:
         on_change: an instance became usable, got more room, changed its models or left. Called on the event loop.
         on_hung: probes found that an instance answers nothing any more; what runs there is lost unless it is tried elsewhere.
+        on_forget: what was learned of an instance holds no more: its server restarted, or it left.
         suspects: ids that missed their last probe; they get work only when there is nothing better.
         trials: records that are back from an ejection and not proven yet, by id.
     """
@@ -31,6 +32,7 @@ class StatusBook:
         self._settings = settings
         self.on_change: Listener | None = None
         self.on_hung: Listener | None = None
+        self.on_forget: Listener | None = None
         self.suspects: set[str] = set()
         self.trials: dict[str, Record] = {}
 
@@ -42,6 +44,10 @@ class StatusBook:
         if name not in record.said:
             record.said.add(name)
             self.say(record, name, message, **fields)
+
+    def forget(self, instance: ExecutionInstance) -> None:
+        if self.on_forget is not None:
+            self.on_forget(instance)
 
     def changed(self, instance: ExecutionInstance) -> None:
         if self.on_change is not None:

@@ -192,6 +192,10 @@ class ResponsesSink(ClientSink):
         self._write = self.chunk
         self.chunk = self._watch
 
+    def let_go(self) -> None:
+        super().let_go()
+        self._write = _drop
+
     def _watch(self, data: bytes) -> None:
         if self._pieces_left and self.exchange is not None:
             self._pieces_left -= 1

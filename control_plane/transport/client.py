@@ -108,10 +108,11 @@ class ClientCall:
         self.let_go_of_request()
         self._client.active -= 1
 
-    def fail(self, reason: str, *, timed_out: bool = False, sent: bool = False) -> None:
+    def fail(self, reason: str, *, timed_out: bool = False, sent: bool = False, connected: bool = True) -> None:
         if not self.over:
             self.ended()
-            self.receiver.on_error(InstanceFailed(f"{self._client.base_url}: {reason}", timed_out=timed_out, sent=sent))
+            message = f"{self._client.base_url}: {reason}"
+            self.receiver.on_error(InstanceFailed(message, timed_out=timed_out, sent=sent, connected=connected))
 
 
 class HttpClient:
@@ -291,9 +292,9 @@ class HttpClient:
             call.fail("the client is closed")
         except TimeoutError as error:
             reason = os.strerror(error.errno) if error.errno else f"no connection within {limit_s:g} s"
-            call.fail(f"cannot connect to {self._host}:{self._port}: {reason}", timed_out=True)
+            call.fail(f"cannot connect to {self._host}:{self._port}: {reason}", timed_out=True, connected=False)
         except (OSError, ValueError) as error:
-            call.fail(f"cannot connect to {self._host}:{self._port}: {_reason(error)}")
+            call.fail(f"cannot connect to {self._host}:{self._port}: {_reason(error)}", connected=False)
         else:
             if call.over:
                 connection.drop()

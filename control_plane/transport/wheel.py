@@ -71,6 +71,8 @@ class TimerWheel:
 
     def close(self) -> None:
         """Forget all timers; none fires any more."""
+        for bucket in self._buckets.values():
+            bucket.clear()
         self._buckets.clear()
         self._keys.clear()
         self._schedule()
@@ -93,7 +95,10 @@ class TimerWheel:
 
     def _fire(self) -> None:
         self._handle = None
-        self._last_key = int(self._loop.time() / self._resolution_s)
+        now_s = self._loop.time()
+        # rounding may put a bucket's own time before it
+        reached = self._next_key if now_s >= self._next_key * self._resolution_s else 0
+        self._last_key = max(int(now_s / self._resolution_s), reached)
         try:
             while self._keys and self._keys[0] <= self._last_key:
                 self._fire_bucket(self._keys[0])

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
@@ -265,31 +267,37 @@ def started() -> Iterator[list[Running]]:
         one.process.communicate()
 
 
-def fetch(url: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
-    import http.client
-    from urllib.parse import urlsplit
-
+def ask(url: str, body: dict[str, Any] | None = None) -> http.client.HTTPResponse:
+    """The answer's head; its body is still to be read."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=20)
-    data = None if body is None else json.dumps(body).encode()
-    connection.request("GET" if data is None else "POST", parts.path, data, {"content-type": "application/json"} if data else {})
-    response = connection.getresponse()
-    answer = response.read()
-    connection.close()
-    return response.status, answer
+    if body is None:
+        connection.request("GET", parts.path, headers={"connection": "close"})
+    else:
+        connection.request("POST", parts.path, json.dumps(body), {"content-type": "application/json", "connection": "close"})
+    return connection.getresponse()
 
 
-def test_serve_over_a_simulated_engine_from_start_to_signal(started: list[Running]) -> None:
+def fetch(url: str, body: dict[str, Any] | None = None) -> tuple[int, bytes]:
+    with ask(url, body) as response:
+        return response.status, response.read()
+
+
+def chat(**more: Any) -> dict[str, Any]:
+    return {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "ignore_eos": True} | more
+
+
+def test_serve_over_a_simulated_engine_from_start_to_signal(started: list[Running], capsys: pytest.CaptureFixture[str]) -> None:
     engine = Running("sim-engine", "--port", "0", "--model", "sim", "--speed", "50")
     started.append(engine)
     serve = Running("serve", "--engine", engine.url, "--engine", "http://127.0.0.1:9", "--port", "0", "--queue-timeout-s", "30")
     started.append(serve)
-    chat = {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
 
     assert engine.url
     assert serve.url
-    status, answer = fetch(f"{serve.url}/v1/chat/completions", chat)
-    assert (status, json.loads(answer)["object"]) == (200, "chat.completion")
+    with ask(f"{serve.url}/v1/chat/completions", chat()) as answer:
+        assert (answer.status, json.load(answer)["object"]) == (200, "chat.completion")
+        request_id = answer.headers["x-request-id"]
     status, page = fetch(f"{serve.url}/metrics")
     assert status == 200
     assert b'control_plane_requests_total{model="sim",outcome="completed",priority="normal"} 1.0' in page
@@ -303,6 +311,11 @@ def test_serve_over_a_simulated_engine_from_start_to_signal(started: list[Runnin
             break
         time.sleep(0.05)
     assert found == ["healthy", "unhealthy"]
+    with closing(operate.AdminClient(serve.url)) as client:
+        operate.explain(client, request_id, None)
+    told = capsys.readouterr().out
+    assert f"request {request_id}: completed" in told
+    assert f"went to {engine.url.removeprefix('http://')} by load_balanced, ordered by adaptive:" in told
     code, errors = serve.end()
     assert code == 0
     assert "stopping" in errors
@@ -323,23 +336,37 @@ def test_an_address_that_is_taken_ends_with_1(started: list[Running]) -> None:
     assert "Traceback" not in errors
 
 
-def test_a_second_signal_ends_what_runs_at_once(started: list[Running]) -> None:
-    import http.client
-    from urllib.parse import urlsplit
+def test_the_first_signal_lets_a_stream_end_and_refuses_the_new(started: list[Running]) -> None:
+    engine = Running("sim-engine", "--port", "0", "--model", "sim")
+    serve = Running("serve", "--engine", engine.url, "--port", "0", "--no-access-log")
+    started += [engine, serve]
+    with ask(f"{serve.url}/v1/chat/completions", chat(max_tokens=200, stream=True)) as stream:
+        assert stream.status == 200
+        serve.process.terminate()
+        time.sleep(0.2)
+        with pytest.raises(subprocess.TimeoutExpired):
+            serve.process.wait(0.01)
+        try:
+            refused, _ = fetch(f"{serve.url}/v1/chat/completions", chat())
+        except ConnectionError:
+            refused = 503
+        rest = stream.read()
 
+    assert refused == 503
+    assert rest.endswith(b"data: [DONE]\n\n")
+    assert serve.process.wait(10) == 0
+
+
+def test_a_second_signal_ends_what_runs_at_once(started: list[Running]) -> None:
     engine = Running("sim-engine", "--port", "0", "--model", "sim", "--speed", "0.05")
     serve = Running("serve", "--engine", engine.url, "--port", "0", "--no-access-log")
     started += [engine, serve]
-    parts = urlsplit(serve.url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=20)
-    body = {"model": "sim", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2_000, "stream": True, "ignore_eos": True}
-    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"content-type": "application/json"})
-    assert connection.getresponse().status == 200
-    serve.process.send_signal(signal.SIGTERM)
-    with pytest.raises(subprocess.TimeoutExpired):
-        serve.process.wait(0.5)
-    serve.process.send_signal(signal.SIGTERM)
-    code = serve.process.wait(10)
-    connection.close()
+    with ask(f"{serve.url}/v1/chat/completions", chat(max_tokens=2_000, stream=True)) as stream:
+        assert stream.status == 200
+        serve.process.terminate()
+        with pytest.raises(subprocess.TimeoutExpired):
+            serve.process.wait(0.5)
+        serve.process.terminate()
+        code = serve.process.wait(10)
 
     assert code == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,6 @@ STATE_FIELDS = {
 
 @pytest.fixture(autouse=True)
 def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     for name in list(os.environ):
         if name.startswith("CONTROL_PLANE_"):
             monkeypatch.delenv(name)
@@ -156,6 +155,35 @@ def test_everything_wrong_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> No
     assert len(problems) == 5
     assert "CONTROL_PLANE_SCHEDULNG_POLICY: no such setting; did you mean CONTROL_PLANE_SCHEDULING_POLICY?" in problems
     assert "CONTROL_PLANE_PORT: no such setting; did you mean CONTROL_PLANE_SERVER__PORT?" in problems
+
+
+def test_what_kubernetes_sets_for_a_service_called_control_plane_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "SERVICE_HOST": "10.0.0.1", "SERVICE_PORT": "80", "SERVICE_PORT_HTTP": "80", "PORT": "tcp://10.0.0.1:80",
+        "PORT_80_TCP": "tcp://10.0.0.1:80", "PORT_80_TCP_PROTO": "tcp", "PORT_80_TCP_PORT": "80", "PORT_80_TCP_ADDR": "10.0.0.1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"CONTROL_PLANE_{name}", value)
+
+    assert load_config() == ControlPlaneConfig()
+
+
+def test_a_value_of_the_environment_that_is_no_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONTROL_PLANE_INSTANCES", "[{")
+
+    (problem,) = problems_of({})
+    assert "instances" in problem
+    assert "written as JSON" in problem
+
+
+def test_a_manager_from_a_configuration_has_its_settings_and_instances(tmp_path: Path) -> None:
+    (tmp_path / "cp.yaml").write_text("scheduling_policy: fifo\nqueue_max_requests: 7\ninstances: [{url: 'h:1', model_name: m}]\n")
+    manager = ControlPlaneManager.from_config(tmp_path / "cp.yaml", scheduling_policy="priority")
+
+    assert (manager.scheduling_policy.name, manager.queue.max_requests) == ("priority", 7)
+    assert [one.instance_id for one in manager.get_instances()] == ["h:1"]
+    loaded = load_config({"default_model": "m"})
+    assert load_config(loaded) is loaded
+    assert load_config(loaded, {"seed": 3}).manager_arguments() == loaded.manager_arguments() | {"seed": 3}
 
 
 def test_secrets_come_from_files_and_variables_and_are_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -354,6 +354,18 @@ class TestRestarts:
         assert house.events.names == ["instance_up", "instance_restarted"]
         assert house.instance.supported_request_types == {"embedding"}
 
+    async def test_only_a_restart_and_leaving_are_told_as_forgetting(self, house: House) -> None:
+        forgotten: list[str] = []
+        house.fleet.on_forget = lambda instance: forgotten.append(instance.instance_id)
+        for _ in range(5):
+            await house.probe()
+        assert forgotten == []
+        house.engine.restart()
+        await house.probe()
+        assert forgotten == ["a"]
+        house.fleet.remove("a")
+        assert forgotten == ["a", "a"]
+
     async def test_falling_counters_show_it_where_no_start_time_is_told(self, house: House) -> None:
         page = house.engine.page
         house.engine.page = lambda: page().split("process_start")[0]  # type: ignore[method-assign]
@@ -537,6 +549,19 @@ class TestEjections:
         house.clock.advance(100.0)
         await self.eject(house)
         assert house.events[-1][2]["ejected_s"] == 5.0
+
+    async def test_an_ejected_one_that_comes_to_serve_another_model(self, house: House) -> None:
+        await house.probe()
+        await self.eject(house)
+        house.engine.models = [{"id": "other"}]
+        house.engine.restart()
+        await house.probe(5.0)
+        assert house.state == "wrong_model"
+        house.engine.models = [{"id": "m"}]
+        assert await house.probe(1.0)
+        for _ in range(50):
+            assert house.fleet.has_room(house.instance), "its old ejection is forgotten, it needs no trial"
+            house.fleet.placed(house.instance, 1.0)
 
     async def test_an_ejected_one_that_dies_comes_back_with_its_server(self, house: House) -> None:
         await house.probe()

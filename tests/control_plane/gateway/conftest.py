@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from control_plane.manager import ControlPlaneManager
 from control_plane.gateway import Gateway, GatewaySettings
+from control_plane.manager import ControlPlaneManager
 from control_plane.transport import Exchange, HttpServer
 from control_plane.types import ExecutionInstance
 

@@ -31,7 +31,9 @@ class World:
         return anthropic.Anthropic(**{"base_url": self.gateway.url, "api_key": "sk-test", "max_retries": 0, "timeout": 20.0, **options})
 
     def client(self, **options: Any) -> anthropic.AsyncAnthropic:
-        return anthropic.AsyncAnthropic(**{"base_url": self.gateway.url, "api_key": "sk-test", "max_retries": 0, "timeout": 20.0, **options})
+        return anthropic.AsyncAnthropic(
+            **{"base_url": self.gateway.url, "api_key": "sk-test", "max_retries": 0, "timeout": 20.0, **options}
+        )
 
 
 @pytest.fixture
@@ -139,7 +141,7 @@ async def test_a_stream_that_breaks_raises(world: World) -> None:
     async with world.client() as client:
         stream = await client.messages.create(model=MODEL, messages=HELLO, max_tokens=50, stream=True)
         kinds = []
-        with pytest.raises(anthropic.APIStatusError) as raised:
+        with pytest.raises(anthropic.APIStatusError) as raised:  # noqa: PT012
             async for event in stream:
                 kinds.append(event.type)  # noqa: PERF401
 

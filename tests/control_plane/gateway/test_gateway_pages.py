@@ -255,7 +255,7 @@ async def test_while_it_shuts_down_the_open_end_and_the_new_are_refused(stand: A
 
 async def test_what_does_not_end_in_time_is_ended_with_an_error(stand: Any, eventually: Any) -> None:
     stand.engine.answer = lambda exchange: None
-    running = asyncio.create_task(stand.chat())
+    running = asyncio.create_task(stand.chat(request_id="late"))
     await eventually(lambda: stand.engine.seen)
 
     await asyncio.wait_for(stand.gateway.stop(0.1), 5)
@@ -263,6 +263,7 @@ async def test_what_does_not_end_in_time_is_ended_with_an_error(stand: Any, even
     answer = await running
     assert (answer.status, answer.error["code"]) == (503, "draining")
     await eventually(lambda: stand.engine.left == 1)
+    assert stand.manager.explain("late")["state"] == "failed"
 
 
 async def test_it_starts_again_after_a_stop(stand: Any) -> None:
@@ -305,7 +306,8 @@ def test_a_certificate_that_is_none_is_named(tmp_path: Path) -> None:
 
 async def test_it_serves_tls(make_stand: Any, tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 1 -subj /CN=localhost".split()
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    command += ["-nodes", "-days", "1", "-subj", "/CN=localhost"]
     files = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
     made = subprocess.run([*command, *files], capture_output=True)  # noqa: ASYNC221
     if made.returncode:

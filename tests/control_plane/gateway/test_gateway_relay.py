@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import socket
+from types import MethodType
 from typing import Any
 
 import pytest
 
 from control_plane.gateway import GatewaySettings
+from control_plane.gateway.sink import ClientSink
+from control_plane.job import Job
 from control_plane.transport import Exchange
 from control_plane.types import ExecutionInstance
 
@@ -480,6 +484,17 @@ async def test_a_client_that_leaves_the_queue_is_taken_out_of_it(stand: Any, ope
 
     await eventually(lambda: len(stand.manager.pending_queue) == 0)
     assert stand.engine.seen == []
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/responses"])
+async def test_what_is_remembered_of_ended_requests_holds_no_connection_and_no_body(stand: Any, path: str) -> None:
+    for body in ({"model": "m"}, {"model": "m", "stream": True}, {"model": "nobody"}):
+        await stand.ask("POST", path, body)
+
+    sinks = [found for found in gc.get_objects() if isinstance(found, ClientSink)]
+    assert sinks
+    for sink in sinks:
+        assert not [held for held in gc.get_referents(sink) if isinstance(held, Exchange | Job | MethodType)]
 
 
 # ---- waiting

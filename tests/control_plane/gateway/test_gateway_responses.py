@@ -56,6 +56,18 @@ async def test_the_next_turn_goes_to_the_instance_that_holds_the_last(pair: Any,
             assert (turn.status, turn.header("x-instance-id")) == (200, home)
 
 
+async def test_the_next_turn_with_another_model_is_refused(pair: Any) -> None:
+    first = await pair.ask("POST", "/v1/responses", {"model": "m", "input": "hi"})
+    for instance in pair.manager.get_instances():
+        if instance.instance_id != first.header("x-instance-id"):
+            instance.model_name, instance.served_models = "other", ["other"]
+            pair.manager.fleet.refresh(instance)
+
+    turn = await pair.ask("POST", "/v1/responses", {"model": "other", "input": "x", "previous_response_id": first.json["id"]})
+
+    assert (turn.status, turn.error["code"], turn.error["param"]) == (400, "invalid_request", "previous_response_id")
+
+
 async def test_get_cancel_and_delete_go_to_its_instance(pair: Any) -> None:
     for _ in range(2):
         first = await pair.ask("POST", "/v1/responses", {"model": "m", "input": "hi"})

@@ -226,7 +226,7 @@ async def test_a_stream_that_breaks_raises_an_error_that_says_so(world: World) -
     async with world.client() as client:
         stream = await client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=50, stream=True)
         received = []
-        with pytest.raises(openai.APIError) as raised:
+        with pytest.raises(openai.APIError) as raised:  # noqa: PT012
             async for chunk in stream:
                 received.append(chunk)  # noqa: PERF401
 

@@ -1,16 +1,23 @@
 """What of an answer must be the same on a real and on a simulated engine, as plain JSON: two answers agree when these are equal.
 
 Texts, ids, times and counts of tokens are left out where a model's chance or its tokenizer makes them.
+
+To record what real servers answer (see golden_requests for their flags), for tests without one:
+
+    python tests/control_plane/support/observed.py GENERATING_URL EMBEDDING_URL tests/control_plane/data/vllm_golden.json.gz
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
+import sys
 from collections.abc import Iterable
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from golden_requests import Answer, Case
+from golden_requests import CASES, EMBEDDING_CASES, Answer, Case, send_all
 
 #: members whose values say what kind of thing an object is or how it ended; of all others only the type is compared
 KEPT = frozenset({"object", "type", "role", "status", "finish_reason", "stop_reason", "owned_by", "model"})
@@ -100,6 +107,50 @@ def _once(items: Iterable[Any]) -> list[Any]:
     return kept
 
 
+class Allowance(NamedTuple):
+    """A difference that is meant. ``where``: part of the path at which it lies."""
+
+    case: str
+    where: str
+    reason: str
+
+
+_BRANCHES = "pydantic tells every branch of a union, which are vLLM's internals; the simulated engine tells the first"
+_NOT_MODELLED = "the simulated engine has no such part"
+
+ALLOWANCES = (
+    Allowance("models", "data[0].owned_by", "a simulated engine says that it is one"),
+    Allowance("models", "data[0].simulated", "a simulated engine says that it is one"),
+    Allowance("embed_models", "data[0].owned_by", "a simulated engine says that it is one"),
+    Allowance("embed_models", "data[0].simulated", "a simulated engine says that it is one"),
+    Allowance("metrics", "vllm:estimated_", _NOT_MODELLED),
+    Allowance("metrics", "vllm:engine_sleep_state", _NOT_MODELLED),
+    Allowance("metrics", "vllm:mm_cache_", _NOT_MODELLED),
+    Allowance("metrics", "vllm:prompt_tokens_cached_by_source_", _NOT_MODELLED),
+    Allowance("metrics", "vllm:admission_rejections_", _NOT_MODELLED),
+    Allowance("metrics", "vllm:tool_call_parser_invocations_", _NOT_MODELLED),
+    Allowance("metrics", "vllm:cache_config_info.samples", "it tells those of the cache's settings that it has"),
+    Allowance("chat_stream_n2", "delta.content", "a sampled last token may have no text of its own (half a character)"),
+    Allowance("chat_stream_stop", "events", "how much text a stop string holds back depends on the length of the model's words"),
+    Allowance("chat_logit_bias_out_of_range", "error.message", "names the size of the vocabulary"),
+    Allowance("chat_content_null", "error.message", _BRANCHES),
+    Allowance("chat_no_role", "error.message", _BRANCHES),
+    Allowance("chat_response_format_unknown", "error.message", _BRANCHES),
+    Allowance("embed_format_unknown", "error.message", _BRANCHES),
+    Allowance("embed_missing", "error.message", _BRANCHES),
+    Allowance("embed_score_missing", "error.message", _BRANCHES),
+    Allowance("chat_structured_bad_regex", "error.message", "another library reads the regular expression"),
+    Allowance("completion_min_tokens", "finish_reason", "when a model of random weights ends its text is chance"),
+)
+
+
+def unexpected(case: Case, real: Any, other: Any) -> list[str]:
+    """The differences between two observations of a case that no allowance covers."""
+    allowed = [entry.where for entry in ALLOWANCES if entry.case == case.name]
+    lines = differences(real, other)
+    return [line for line in lines if not any(where in line.partition(": ")[0] for where in allowed)]
+
+
 def differences(real: Any, other: Any, path: str = "") -> list[str]:
     """One line for each place where `other` is not as `real`: where, what the real one has, what the other has."""
     if isinstance(real, dict) and isinstance(other, dict):
@@ -113,3 +164,27 @@ def differences(real: Any, other: Any, path: str = "") -> list[str]:
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 400 else f"{text[:400]}..."
+
+
+def record(url: str, embedding_url: str) -> dict[str, Any]:
+    """What two real servers answer to every case, and their version."""
+    answers = send_all(url, CASES) | send_all(embedding_url, EMBEDDING_CASES)
+    observed = {case.name: observe(case, answers[case.name]) for case in (*CASES, *EMBEDDING_CASES)}
+    return {"vllm_version": answers["version"].json()["version"], "cases": observed}
+
+
+def write(recorded: dict[str, Any], out: Path) -> None:
+    """Compressed, and the same bytes for the same content."""
+    out.write_bytes(gzip.compress(json.dumps(recorded, ensure_ascii=False, separators=(",", ":")).encode(), mtime=0))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """What :func:`write` wrote."""
+    recorded: dict[str, Any] = json.loads(gzip.decompress(path.read_bytes()))
+    return recorded
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
+    write(record(sys.argv[1], sys.argv[2]), Path(sys.argv[3]))
