@@ -151,9 +151,10 @@ class Dispatcher:
             self.queue.pop(job, self.fleet.now_s)
         job.decision = decision
         job.phase = phase
-        # its own work only: what it waits for is already counted by those that it waits for
         instance = self.fleet.get(decision.instance_id)
-        job.predicted_ms = self.fleet.predictor.service_ms(job.request, instance) if instance is not None else 0.0
+        if instance is not None:
+            # its own work only: what it waits for is already counted by those that it waits for
+            job.predicted_ms = max(0.0, decision.estimated_latency_ms - self.fleet.predictor.wait_ms(instance))
         job.state = RequestStatus.SCHEDULED
         self._count_phase(phase, decision)
         self._launch(job, decision)

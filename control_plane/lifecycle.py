@@ -114,7 +114,10 @@ class RequestLifecycle:
             lane = LaneKey(self.resolve_model(model) if self.running else model or "", kind, pinned)
             self._name(request)
             job = Job(request, lane, wire, sink, now_s)
-            job.input_tokens = self._predictor.input_tokens(request)
+            if request.input_tokens is None:
+                # estimated once: policy, PD routing and router all ask for it
+                request.input_tokens = self._predictor.input_tokens(request)
+            job.input_tokens = request.input_tokens
             if self.running:
                 self._admit(job)
             self.queue.push(job)

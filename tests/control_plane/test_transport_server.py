@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import socket
 import ssl
 import struct
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from localhost_certificate import CERTIFICATE, PRIVATE_KEY
-from transport_rig import LOOPS, Kept, ask, echo, raw_socket, read_request, run, serving, until
+from transport_rig import LOOPS, Kept, ask, echo, raw_socket, run, serving, until
 
 from control_plane.transport import Exchange, HttpServer, ServerLimits
 
@@ -27,7 +28,7 @@ CHUNKED = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
 
 def statuses(answer: bytes) -> list[int]:
     """The status codes of the answers in a byte stream."""
-    return [int(part[:3]) for part in answer.split(b"HTTP/1.1 ")[1:]]
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", answer)]
 
 
 def posted(*lines: bytes, body: bytes = b"abc", version: bytes = b"1.1", target: bytes = b"/") -> bytes:
@@ -128,7 +129,6 @@ def test_refused_in_openai_shape_and_closed(loop: str, case: str) -> None:
             assert set(error) == {"message", "type", "param", "code"}
             assert kept.exchanges == []
             assert [(refused[0], refused[1]) for refused in told] == [(status, error["code"])]
-            assert await ask(server.port, GET.replace(b"Host", b"Connection: close\r\nHost"), half_close=False) if kept.left else True
 
     run(loop, scenario())
 
@@ -281,7 +281,8 @@ def test_http10(loop: str) -> None:
             writer.write(b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
             await until(lambda: kept.exchanges)
             kept.exchanges[0].respond(200, (), b"ab")
-            assert await reader.readexactly(68) == b"HTTP/1.1 200 OK\r\nconnection: keep-alive\r\ncontent-length: 2\r\n\r\nab"[:68]
+            expected = b"HTTP/1.1 200 OK\r\nconnection: keep-alive\r\ncontent-length: 2\r\n\r\nab"
+            assert await reader.readexactly(len(expected)) == expected
             writer.write(b"GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
             await until(lambda: len(kept.exchanges) == 2)
             kept.exchanges[1].start(200, ())
@@ -753,20 +754,3 @@ def test_splitting_changes_nothing(loop: str, order: list[int], cuts: list[int])
         assert await answers(*pieces) == whole
 
     run(loop, scenario())
-
-
-def test_nothing_of_a_read_request_is_left_behind(loop: str) -> None:
-    """The bytes a client sees of a request are those the next request gets, however the first one is answered."""
-
-    async def scenario() -> None:
-        async with serving(echo) as server, raw_socket(server.port) as (reader, writer):
-            for _ in range(3):
-                writer.write(posted(b"Content-Length: 30", body=GET + b"xxx"[: 30 - len(GET)]))
-                head = await reader.readuntil(b"\r\n\r\n")
-                assert head.startswith(b"HTTP/1.1 200")
-                await reader.readexactly(int(head.partition(b"content-length: ")[2].split(b"\r\n")[0]))
-            assert await asyncio.wait_for(reader.read(1), 0.05) if reader.at_eof() else True
-
-    run(loop, scenario())
-
-

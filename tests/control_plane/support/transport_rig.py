@@ -61,7 +61,7 @@ async def serving(handler: Callable[[Exchange], object], limits: ServerLimits | 
 
 
 @contextlib.asynccontextmanager
-async def raw_socket(port: int, *, close: bool = True) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+async def raw_socket(port: int) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     try:
         yield reader, writer
