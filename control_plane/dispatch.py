@@ -1,7 +1,8 @@
 """From the queue to an instance: which of the waiting goes next, where, and by which plan.
 
-The only caller of policy, PD routing and router. It runs when something happened (a request came, one ended, an instance changed),
-never on a timer. Deciding is synchronous; only a policy or router of the user's own that is a coroutine gets a task.
+The only caller of policy, PD routing and router. It runs when something happened (a request came, one ended, an instance changed), and
+once a tick while requests wait, for what an instance's owner set on it. Deciding is synchronous; only a policy or router of the user's
+own that is a coroutine gets a task. Whatever a policy or router raises ends the request whose turn it was, and no other.
 """
 
 from __future__ import annotations
@@ -9,10 +10,9 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable
-from typing import Any
 
 from control_plane.admission import affordable, preferred
-from control_plane.errors import BudgetExhausted, ControlPlaneError, NoInstanceAvailable
+from control_plane.errors import BudgetExhausted, ControlPlaneError, NoInstanceAvailable, RequestTimeout
 from control_plane.fleet import Fleet
 from control_plane.job import Job, LaneKey
 from control_plane.pd_routing import PDRoutingStrategy
@@ -36,7 +36,7 @@ Fail = Callable[[Job, ControlPlaneError], None]
 
 class Dispatcher:
     """Binds queue, fleet, policy, PD routing and router. ``launch(job, decision)`` runs a decision; ``fail(job, error)`` ends a job
-    whose own policy or router failed."""
+    whose own policy or router failed, or took longer than ``queue_timeout_s`` since the job's arrival."""
 
     def __init__(
         self,
@@ -49,6 +49,7 @@ class Dispatcher:
         launch: Launch,
         fail: Fail,
         window: int = 64,
+        queue_timeout_s: float = math.inf,
     ) -> None:
         self.queue = queue
         self.fleet = fleet
@@ -61,6 +62,7 @@ class Dispatcher:
         self.running = False
         self._launch = launch
         self._fail = fail
+        self._queue_timeout_s = queue_timeout_s
         self._placing: set[asyncio.Task[None]] = set()
 
     # ---- what happened
@@ -89,15 +91,13 @@ class Dispatcher:
 
     def decide(self, request: RequestMetadata, candidates: list[ExecutionInstance], key: float = 0.0) -> SchedulingDecision:
         """Where ``request`` goes, of ``candidates`` (not empty). Pure. Raises NoInstanceAvailable when none may take its phase."""
-        decision, _ = self._decide(request, candidates, key)
+        decision, _ = self._decide(request, list(affordable(request, candidates, self.fleet)), key)
         return decision
 
     def _decide(
         self, request: RequestMetadata, candidates: list[ExecutionInstance], key: float, arrival_s: float | None = None
     ) -> tuple[SchedulingDecision, ExecutionInstanceType | None]:
         fleet = self.fleet
-        if request.cost_budget is not None:
-            candidates = list(affordable(request, candidates, fleet))
         candidates = preferred(request, candidates, fleet)
         candidates = self.policy.narrow(request, candidates, fleet, arrival_s) or candidates
         role, phase = ExecutionInstanceType.GENERAL, None
@@ -123,28 +123,45 @@ class Dispatcher:
 
     def _place_one(self, lane: LaneKey, candidates: list[ExecutionInstance]) -> bool:
         """Place the request whose turn it is; one whose phase has no room lets the next pass, within the window."""
+        job = self.queue.head(lane)
+        if job is None:
+            return False
         if len(candidates) == 1:
-            job = self.queue.choose(lane, candidates[0], self.fleet, self.window, self.policy)
-        else:
-            job = self.queue.head(lane)
-        return job is not None and (self._place(job, candidates) or self._place_next(lane, candidates))
+            try:
+                job = self.queue.choose(lane, candidates[0], self.fleet, self.window, self.policy) or job
+            except Exception as error:
+                self._fail(job, self._blamed(error))
+                return True
+        return self._place(job, candidates) or self._place_next(lane, candidates)
 
     def _place_next(self, lane: LaneKey, candidates: list[ExecutionInstance]) -> bool:
         return any(self._place(job, candidates) for job in self.queue.window(lane, self.window))
 
     def _place(self, job: Job, candidates: list[ExecutionInstance]) -> bool:
-        if self.policy.places_itself or self.router.selects_async:
-            free = sum(instance.concurrency_limit - instance.active_requests for instance in candidates)
-            if len(self._placing) >= free:
-                return False
-            self._place_in_task(job, candidates)
-            return True
         try:
+            if job.request.cost_budget is not None:
+                candidates = list(affordable(job.request, candidates, self.fleet))
+            if self.policy.places_itself or self.router.selects_async:
+                return self._place_in_task(job, candidates)
             decision, phase = self._decide(job.request, candidates, job.key, job.arrival_s)
-        except (NoInstanceAvailable, BudgetExhausted):
+        except NoInstanceAvailable:
             return False  # those that would do have no room now
+        except BudgetExhausted:
+            return self._fail_unaffordable(job)
+        except Exception as error:
+            self._fail(job, self._blamed(error))
+            return True
         self._start(job, decision, phase)
         return True
+
+    def _fail_unaffordable(self, job: Job) -> bool:
+        """Those with room are too dear: it fails when the others are as well, else it waits (False)."""
+        try:
+            affordable(job.request, self.fleet.eligible(job.lane), self.fleet)
+        except BudgetExhausted as error:
+            self._fail(job, error)
+            return True
+        return False
 
     def _start(self, job: Job, decision: SchedulingDecision, phase: ExecutionInstanceType | None) -> None:
         if job.queued:
@@ -155,6 +172,7 @@ class Dispatcher:
         if instance is not None:
             # its own work only: what it waits for is already counted by those that it waits for
             job.predicted_ms = max(0.0, decision.estimated_latency_ms - self.fleet.predictor.wait_ms(instance))
+            lend_target(job, instance)
         job.state = RequestStatus.SCHEDULED
         self._count_phase(phase, decision)
         self._launch(job, decision)
@@ -164,7 +182,7 @@ class Dispatcher:
             return
         metrics = self.pd_metrics
         instance = self.fleet.get(decision.instance_id)
-        specialised = instance is not None and instance.instance_type is phase
+        specialised = instance is not None and instance.instance_type == phase
         if phase is ExecutionInstanceType.PREFILLING:
             metrics.total_prefilling_requests += 1
             metrics.prefilling_on_specialised += specialised
@@ -175,31 +193,42 @@ class Dispatcher:
 
     # ---- policies and routers of the user's own
 
-    def _place_in_task(self, job: Job, candidates: list[ExecutionInstance]) -> None:
+    def _place_in_task(self, job: Job, candidates: list[ExecutionInstance]) -> bool:
+        """False: as many are being placed already as there is room for."""
+        free = sum(instance.concurrency_limit - instance.active_requests for instance in candidates)
+        if len(self._placing) >= free:
+            return False
         self.queue.pop(job, self.fleet.now_s)
         job.state = RequestStatus.SCHEDULED
         task = asyncio.get_running_loop().create_task(self._ask(job, candidates))
         self._placing.add(task)
         task.add_done_callback(self._placed)
+        return True
 
     def _placed(self, task: asyncio.Task[None]) -> None:
         self._placing.discard(task)
         self.room()
 
     async def _ask(self, job: Job, candidates: list[ExecutionInstance]) -> None:
+        left_s = max(0.0, job.arrival_s + self._queue_timeout_s - self.fleet.now_s)
+        limit = asyncio.timeout(left_s if left_s < math.inf else None)
         try:
-            decision = await self._ask_user(job, candidates)
+            async with limit:
+                decision, phase = await self._ask_user(job, candidates)
         except Exception as error:
             if job.state is RequestStatus.SCHEDULED:
-                own = error if isinstance(error, ControlPlaneError) else ControlPlaneError(f"{self._asked()} failed: {error!r}")
-                self._fail(job, own)
+                late = RequestTimeout(f"was not placed within {self._queue_timeout_s:g} s") if limit.expired() else None
+                self._fail(job, late or self._blamed(error))
             return
         if job.state is RequestStatus.SCHEDULED:
-            self._start(job, decision, None)
+            self._start(job, decision, phase)
 
-    async def _ask_user(self, job: Job, candidates: list[ExecutionInstance]) -> SchedulingDecision:
+    async def _ask_user(self, job: Job, candidates: list[ExecutionInstance]) -> tuple[SchedulingDecision, ExecutionInstanceType | None]:
+        phase: ExecutionInstanceType | None = None
         if self.policy.places_itself:
             decision = await self.policy.schedule(job.request, candidates)
+            if not isinstance(decision, SchedulingDecision):
+                raise ControlPlaneError(f"the scheduling policy {self.policy.name} answered {decision!r}, which is no SchedulingDecision")
         else:
             phase = self.pd_router.determine_request_phase(job.request) if self.pd_router is not None else None
             chosen = await self.router.select_instance(job.request, candidates, phase)
@@ -211,16 +240,33 @@ class Dispatcher:
                 policy=self.policy.name,
                 router=self.router.name,
             )
-        if self.fleet.get(decision.instance_id) is None:
-            raise ControlPlaneError(f"{self._asked()} chose {decision.instance_id!r}, which is not registered")
-        return decision
+        if self.fleet.get(decision.plan.answering.instance_id) is None:
+            raise ControlPlaneError(f"{self._asked()} chose {decision.plan.answering.instance_id!r}, which is not registered")
+        return decision, phase
 
     def _asked(self) -> str:
-        asked: Any = self.policy if self.policy.places_itself else self.router
-        return f"{type(asked).__name__} (scheduling policy)" if asked is self.policy else f"{type(asked).__name__} (router)"
+        if self.policy.places_itself:
+            return f"the scheduling policy {self.policy.name}"
+        return f"the router {self.router.name} (scheduling policy {self.policy.name})"
 
-    async def stop(self) -> None:
-        """Stop dispatching and wait for placements under way."""
+    def _blamed(self, error: Exception) -> ControlPlaneError:
+        """What ends a request whose policy or router raised ``error``."""
+        return error if isinstance(error, ControlPlaneError) else ControlPlaneError(f"{self._asked()} failed: {error!r}")
+
+    def stop(self) -> None:
+        """Dispatch nothing more and give up the placements under way; their requests are left to whoever stops."""
         self.running = False
-        if self._placing:
-            await asyncio.gather(*self._placing, return_exceptions=True)
+        for task in self._placing:
+            task.cancel()
+
+
+def lend_target(job: Job, instance: ExecutionInstance) -> None:
+    """The ``target_latency_ms`` of a decode instance is the TPOT target of a request there that brings none."""
+    lent = "tpot_slo_ms" in job.filled_in
+    if job.request.tpot_slo_ms is not None and not lent:
+        return
+    options = instance.decoding_config
+    if options is not None and instance.instance_type == ExecutionInstanceType.DECODING:
+        job.fill_in("tpot_slo_ms", options.target_latency_ms)
+    elif lent:
+        job.request.tpot_slo_ms = None

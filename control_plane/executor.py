@@ -6,6 +6,7 @@ Retrying is not decided here: a failed attempt goes back to whoever started it (
 from __future__ import annotations
 
 import asyncio
+from collections import ChainMap, deque
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from random import Random
@@ -31,6 +32,8 @@ from control_plane.types import (
 )
 
 EngineFactory = Callable[[ExecutionInstance], Engine]
+#: replaced engines that are kept to be closed at the end; what an older one keeps open ends by its own time limits
+MAX_REPLACED = 64
 
 
 class AttemptListener(Protocol):
@@ -147,8 +150,12 @@ class ExecutionCoordinator:
             prefixes=prefixes,
             rng=rng,
         )
-        self._loose: dict[str, Engine] = {}
+        #: engines of instances that are not registered, by id; another object of that id replaces the one before, which may still run
+        self._loose: dict[str, tuple[ExecutionInstance, Engine]] = {}
+        self._replaced: deque[Engine] = deque(maxlen=MAX_REPLACED)
         self._running: dict[str, RequestMetadata] = {}
+        #: those of ``execute_request``, apart: the manager may be running one of that id
+        self._direct: dict[str, RequestMetadata] = {}
         self._ended_requests = 0
         self._failed_requests = 0
 
@@ -159,16 +166,17 @@ class ExecutionCoordinator:
 
     @property
     def instances(self) -> Mapping[str, ExecutionInstance]:
-        return {instance.instance_id: instance for instance in self.fleet.instances()}
+        """By id, as they are registered now (read only)."""
+        return MappingProxyType({instance.instance_id: instance for instance in self.fleet.instances()})
 
     @property
     def active_requests(self) -> Mapping[str, RequestMetadata]:
         """Requests running on an engine now, by id (live, read only)."""
-        return MappingProxyType(self._running)
+        return MappingProxyType(ChainMap(self._running, self._direct))
 
     @property
     def http_clients(self) -> dict[str, HttpClient]:
-        """The pooled HTTP clients that are open, by instance id."""
+        """The pooled HTTP clients, by instance id. They connect at their first request."""
         engines = ((instance.instance_id, self.fleet.engine(instance.instance_id)) for instance in self.fleet.instances())
         return {name: engine.client for name, engine in engines if isinstance(engine, OpenAICompatibleEngine)}
 
@@ -200,7 +208,7 @@ class ExecutionCoordinator:
             "total_instances": len(instances),
             "healthy_instances": len(self.get_healthy_instances()),
             "available_instances": len(self.get_available_instances()),
-            "active_requests": len(self._running),
+            "active_requests": len(self.active_requests),
             "completed_requests": self._ended_requests,
             "failed_requests": self._failed_requests,
         }
@@ -274,14 +282,14 @@ class ExecutionCoordinator:
         registered = self.fleet.get(instance.instance_id) is instance
         if registered:
             self.fleet.placed(instance, decision.estimated_latency_ms, None)
-        key = f"{request.request_id}:direct-{id(sink):x}"  # the manager may be running one of that id
-        self._running[key] = request
+        key = request.request_id if request.request_id not in self._direct else f"{request.request_id}:{id(sink):x}"
+        self._direct[key] = request
         call = self._engine_of(instance).start(leg, wire, sink, request)
         try:
             await done
         finally:
             call.cancel()
-            self._running.pop(key, None)
+            del self._direct[key]
             if registered:
                 self.fleet.released(instance, decision.estimated_latency_ms, None)
         self.count(failed=sink.error is not None)
@@ -293,9 +301,12 @@ class ExecutionCoordinator:
     def _engine_of(self, instance: ExecutionInstance) -> Engine:
         if self.fleet.get(instance.instance_id) is instance:
             return self.fleet.engine(instance.instance_id)
-        engine = self._loose.get(instance.instance_id)
-        if engine is None:
-            engine = self._loose[instance.instance_id] = self._make_engine(instance)
+        known, engine = self._loose.get(instance.instance_id, (None, None))
+        if engine is None or known is not instance:
+            if engine is not None:
+                self._replaced.append(engine)
+            engine = self._make_engine(instance)
+            self._loose[instance.instance_id] = (instance, engine)
         return engine
 
     # ---- life
@@ -307,6 +318,8 @@ class ExecutionCoordinator:
     async def cleanup(self) -> None:
         """End probing and close every connection. May repeat; ``initialize`` works again afterwards."""
         await self.fleet.stop()
-        loose, self._loose = self._loose, {}
-        for engine in loose.values():
+        engines = [*(engine for _, engine in self._loose.values()), *self._replaced]
+        self._loose = {}
+        self._replaced.clear()
+        for engine in engines:
             await engine.close()

@@ -29,6 +29,7 @@ class Job:
         "decision",
         "end_s",
         "error",
+        "filled_in",
         "first_token_s",
         "input_tokens",
         "instance",
@@ -42,6 +43,7 @@ class Job:
         "queued",
         "relegated",
         "request",
+        "request_id",
         "scheduled_s",
         "seq",
         "sink",
@@ -54,6 +56,10 @@ class Job:
 
     def __init__(self, request: RequestMetadata, lane: LaneKey, wire: WireRequest, sink: Sink, arrival_s: float) -> None:
         self.request = request
+        #: kept here, since the request is its caller's object and may change under us
+        self.request_id = request.request_id
+        #: fields of the request that its caller left open and the control plane filled in while it is live
+        self.filled_in: tuple[str, ...] = ()
         self.lane = lane
         self.wire = wire
         self.sink = sink
@@ -88,9 +94,17 @@ class Job:
         self.usage: Usage | None = None
         self.error: Exception | None = None
 
-    @property
-    def request_id(self) -> str:
-        return self.request.request_id
+    def fill_in(self, name: str, value: float | str | None) -> None:
+        """Set a field that the caller left open, until :meth:`leave_open`."""
+        setattr(self.request, name, value)
+        if name not in self.filled_in:
+            self.filled_in += (name,)
+
+    def leave_open(self) -> None:
+        """Give the request back as its caller left it, so that it may be sent again."""
+        for name in self.filled_in:
+            setattr(self.request, name, None)
+        self.filled_in = ()
 
     @property
     def body_bytes(self) -> int:

@@ -29,7 +29,7 @@ from control_plane.job import Job, LaneKey
 from control_plane.observability.metrics import MetricsRecorder
 from control_plane.policies import SchedulingPolicy
 from control_plane.prediction import LatencyPredictor
-from control_plane.protocols import EngineOutcome, Sink, WireRequest
+from control_plane.protocols import EngineOutcome, EventSink, Sink, WireRequest
 from control_plane.queue import RequestQueue, set_key
 from control_plane.records import FINAL_STATES, RequestRecords, status_info
 from control_plane.recovery import after_failure
@@ -53,6 +53,7 @@ class RequestLifecycle:
         metrics: MetricsRecorder,
         predictor: LatencyPredictor,
         prefixes: PrefixIndex,
+        events: EventSink,
         rng: Random,
         default_model: str | None,
         no_instance_timeout_s: float,
@@ -72,6 +73,7 @@ class RequestLifecycle:
         self._metrics = metrics
         self._predictor = predictor
         self._prefixes = prefixes
+        self._events = events
         self._no_instance_timeout_s = no_instance_timeout_s
         self._max_attempts = max_attempts
         self._attempts: dict[str, Attempt] = {}
@@ -87,8 +89,8 @@ class RequestLifecycle:
         self.policy_changed()
 
     def policy_changed(self) -> None:
-        hook = type(self.dispatcher.policy).on_request_completed
-        self._tells_policy = hook is not SchedulingPolicy.on_request_completed
+        hook = self.dispatcher.policy.on_request_completed
+        self._tells_policy = getattr(hook, "__func__", hook) is not SchedulingPolicy.on_request_completed
 
     # ---- the way in for both doors
 
@@ -111,25 +113,45 @@ class RequestLifecycle:
             if self.closed:
                 raise Draining("the control plane is stopping and takes no new requests")
             now_s = self._clock.now_s()
-            lane = LaneKey(self.resolve_model(model) if self.running else model or "", kind, pinned)
+            lane = LaneKey(self._lane_model(model, wire) if self.running else model or "", kind, pinned)
             self._name(request)
             job = Job(request, lane, wire, sink, now_s)
-            if request.input_tokens is None:
-                # estimated once: policy, PD routing and router all ask for it
-                request.input_tokens = self._predictor.input_tokens(request)
-            job.input_tokens = request.input_tokens
-            if self.running:
-                self._admit(job)
-            self.queue.push(job)
+            self._take_in(job)
         except ControlPlaneError as error:
             self._metrics.on_refused(error, request)
             raise
         request.arrival_time = request.queue_time = self._clock.utc(now_s)
+        request.schedule_time = request.start_time = request.end_time = None
         job.state = RequestStatus.QUEUED
         self.records.add(job)
         self._metrics.on_accepted(job)
         self.dispatcher.arrived(job)
         return job
+
+    def _take_in(self, job: Job) -> None:
+        """Into the queue, admitted where it can be judged already. Raises what :meth:`accept` raises and leaves nothing behind."""
+        try:
+            if self.running and job.lane.model:
+                self._admit(job)
+            else:
+                self._postpone(job)
+            self.queue.push(job)
+        except ControlPlaneError:
+            job.leave_open()
+            raise
+
+    def _postpone(self, job: Job) -> None:
+        """It is judged later; that it can be written, and how large it is, is known now."""
+        self._estimate_input(job)
+        wire = job.wire
+        if not wire.path:
+            job.wire = build_wire(job.request, job.lane.kind, job.lane.model, stream=wire.stream)._replace(path="")
+
+    def _estimate_input(self, job: Job) -> None:
+        if job.request.input_tokens is None:
+            # estimated once: policy, PD routing and router all ask for it
+            job.fill_in("input_tokens", self._predictor.input_tokens(job.request))
+        job.input_tokens = job.request.input_tokens or 0
 
     def _name(self, request: RequestMetadata) -> None:
         name = request.request_id
@@ -137,6 +159,14 @@ class RequestLifecycle:
             request.request_id = f"req-{self._id_prefix}-{next(self._ids):x}"
         elif name in self.records:
             request.request_id = f"{name}-{self._id_prefix[:4]}{next(self._ids):x}"
+
+    def _lane_model(self, model: str | None, wire: WireRequest) -> str:
+        """The model that a request is queued for. "": it names none, and no server has told yet what it serves."""
+        if not model and not wire.path and self.default_model is None:
+            instances = self._fleet.instances()
+            if instances and not any(instance.model_name for instance in instances):
+                return ""
+        return self.resolve_model(model)
 
     def resolve_model(self, model: str | None) -> str:
         fleet = self._fleet
@@ -155,6 +185,9 @@ class RequestLifecycle:
     def _admit(self, job: Job) -> None:
         """Judge a request against fleet and policy: budget, deadline, its key. Builds the wire request where that is still open."""
         request = job.request
+        if request.model_name is None:
+            job.fill_in("model_name", job.lane.model)
+        self._estimate_input(job)
         if request.cost_budget is not None or request.when_late == "reject":
             admit(request, self._fleet.eligible(job.lane), self._fleet, self._queue_wait_ms(job))
         if not job.wire.path:
@@ -191,8 +224,12 @@ class RequestLifecycle:
         """Until ``job`` has ended."""
         if job.state not in FINAL_STATES:
             waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiters.setdefault(job.request_id, []).append(waiter)
-            await waiter
+            waiters = self._waiters.setdefault(job.request_id, [])
+            waiters.append(waiter)
+            try:
+                await waiter
+            finally:
+                waiters.remove(waiter)
 
     @property
     def waiting(self) -> int:
@@ -203,11 +240,21 @@ class RequestLifecycle:
 
     def judge_early(self) -> None:
         """What was submitted before the start is judged now; what does not pass fails."""
-        for job in self.queue.jobs():
+        self._judge(self.queue.jobs())
+
+    def models_told(self) -> None:
+        """A server may have told its model: requests that waited for that are judged."""
+        nameless = [lane for lane in self.queue.lanes if not lane.model]
+        if nameless and self.running and any(instance.model_name for instance in self._fleet.instances()):
+            self._judge([job for lane in nameless for job in self.queue.window(lane, self.queue.lane_length(lane))])
+
+    def _judge(self, jobs: list[Job]) -> None:
+        for job in jobs:
             self.queue.remove(job)
             try:
-                job.lane = job.lane._replace(model=self.resolve_model(job.lane.model or None))
-                self._admit(job)
+                job.lane = job.lane._replace(model=self._lane_model(job.lane.model, job.wire))
+                if job.lane.model:
+                    self._admit(job)
                 self.queue.requeue(job)
             except ControlPlaneError as error:
                 self.end_failed(job, error)
@@ -237,7 +284,7 @@ class RequestLifecycle:
             self.end_failed(job, error)
             return
         if not attempt.settled:
-            self._attempts[request.request_id] = attempt
+            self._attempts[job.request_id] = attempt
             self._prefixes.sent(request, attempt.instance)
 
     def attempt_finished(self, attempt: Attempt, outcome: EngineOutcome) -> None:
@@ -352,6 +399,15 @@ class RequestLifecycle:
                 if not waiter.done():
                     waiter.set_result(None)
         if self._tells_policy:
-            self.dispatcher.policy.on_request_completed(job.request, status_info(job))
+            self._tell_policy(job)
+        job.leave_open()
         if self.drained is not None and not self.records.live_count and not self.drained.done():
             self.drained.set_result(None)
+
+    def _tell_policy(self, job: Job) -> None:
+        policy = self.dispatcher.policy
+        try:
+            policy.on_request_completed(job.request, status_info(job))
+        except Exception as error:  # the user's own hook: its fault is said and harms nobody
+            message = f"on_request_completed of the scheduling policy {policy.name} failed: {error!r}"
+            self._events.event("policy_hook_failed", message, policy=policy.name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import replace
 from random import Random
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -77,8 +78,8 @@ class ControlPlaneManager:
 
     def __init__(
         self,
-        scheduling_policy: str | SchedulingPolicy = "adaptive",
-        routing_strategy: str | RoutingStrategy = "load_balanced",
+        scheduling_policy: str | SchedulingPolicy | object = "adaptive",
+        routing_strategy: str | RoutingStrategy | object = "load_balanced",
         enable_pd_separation: bool = True,
         enable_monitoring: bool = True,
         enable_auto_scaling: bool = False,
@@ -112,9 +113,10 @@ class ControlPlaneManager:
         self.clock = clock or SystemClock()
         self.events = EventLog(self.clock)
         self.drain_timeout_s = drain_timeout_s
-        self.enable_pd_separation = enable_pd_separation
         self.enable_monitoring = enable_monitoring
         self.pd_config = pd_config or PDSeparationConfig()
+        #: both switches; :attr:`pd_router` is there exactly then
+        self.enable_pd_separation = enable_pd_separation and self.pd_config.enabled
         self._rng = Random(seed)
         self.predictor = LatencyPredictor()
         self.prefixes = PrefixIndex()
@@ -140,7 +142,7 @@ class ControlPlaneManager:
         self.router = self._make_router(routing_strategy)
         self.load_balancer = LoadBalancer()
         self.parallelism_optimizer = ParallelismOptimizer()
-        self.pd_router = PDRoutingStrategy(self.pd_config, self.predictor) if enable_pd_separation and self.pd_config.enabled else None
+        self.pd_router = PDRoutingStrategy(self.pd_config, self.predictor) if self.enable_pd_separation else None
         self.metrics = MetricsRecorder(self.clock, window_s=metrics_window_s, enabled_quantiles=enable_monitoring)
         self._records = RequestRecords(history_max_requests, history_max_age_s)
         self._lifecycle = RequestLifecycle(
@@ -151,6 +153,7 @@ class ControlPlaneManager:
             metrics=self.metrics,
             predictor=self.predictor,
             prefixes=self.prefixes,
+            events=self.events,
             rng=self._rng,
             default_model=default_model,
             no_instance_timeout_s=no_instance_timeout_s,
@@ -165,9 +168,10 @@ class ControlPlaneManager:
             launch=self._lifecycle.launch,
             fail=self._lifecycle.end_failed,
             window=dispatch_window,
+            queue_timeout_s=queue_timeout_s,
         )
         self._lifecycle.bind(self._dispatcher)
-        self.fleet.on_change = self._dispatcher.room
+        self.fleet.on_change = self._instance_changed
         self.fleet.on_hung = self._lifecycle.instance_hung
         self.fleet.on_forget = self._instance_forgotten
         self._bind_policy(self.scheduling_policy)
@@ -221,7 +225,7 @@ class ControlPlaneManager:
     def register_instance(self, instance: ExecutionInstance) -> None:
         """Add an engine; the object stays live: what its owner sets on it counts. Raises InvalidRequest for an id taken."""
         self.executor.register_instance(instance)
-        self.scheduling_policy.on_instance_registered(instance)
+        self._tell_policy(self.scheduling_policy, instance)
 
     def unregister_instance(self, instance_id: str) -> None:
         """Take an engine out; what runs there runs on. Raises InstanceNotFound."""
@@ -327,6 +331,8 @@ class ControlPlaneManager:
             "tried": sorted(job.tried),
             "tenant": job.request.tenant,
             "priority": job.request.priority.name.lower(),
+            "billing_tier": job.request.billing_tier,
+            "tags": dict(job.request.tags),
             "queue_ms": timings.queue_ms,
             "ttft_ms": timings.ttft_ms,
             "tpot_ms": timings.tpot_ms,
@@ -354,18 +360,21 @@ class ControlPlaneManager:
     async def stop(self, drain_timeout_s: float | None = None) -> None:
         """Refuse the new, finish what was accepted within the limit, fail the rest (code ``draining``), close everything. May repeat."""
         lifecycle = self._lifecycle
-        if not lifecycle.running or lifecycle.closed:
+        if lifecycle.closed:
             return
         lifecycle.closed = True
         try:
-            await lifecycle.drain(self.drain_timeout_s if drain_timeout_s is None else drain_timeout_s)
-            await self._dispatcher.stop()
+            if lifecycle.running:
+                await lifecycle.drain(self.drain_timeout_s if drain_timeout_s is None else drain_timeout_s)
+        finally:  # also when its caller waits no longer
+            self._dispatcher.stop()
             lifecycle.fail_rest(Draining("the control plane stopped before this request ended"))
-            await self.executor.cleanup()
-        finally:
             if self._tick_handle is not None:
                 self._tick_handle.cancel()
-            lifecycle.running = lifecycle.closed = False
+            try:
+                await self.executor.cleanup()
+            finally:
+                lifecycle.running = lifecycle.closed = False
 
     async def __aenter__(self) -> ControlPlaneManager:
         await self.start()
@@ -380,17 +389,22 @@ class ControlPlaneManager:
         return self._lifecycle.running and not self._lifecycle.closed
 
     def _tick(self) -> None:
-        """Time limits and the adaptive policy: all that no event announces."""
+        """Time limits, the adaptive policy, and what owners set on their instances: all that no event announces."""
         try:
             now_s = self.clock.now_s()
             self._limits.check(now_s)
+            self._records.forget_old(now_s)
             if self.scheduling_policy.relegates:
                 self.queue.relegate_due(now_s)
-            self._review_policy()
+            self._instance_changed()
             self._violations.append(self.metrics.slo_violations)
-            self._records.forget_old(now_s)
+            self._review_policy()
         finally:
             self._tick_handle = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+
+    def _instance_changed(self, instance: ExecutionInstance | None = None) -> None:
+        self._lifecycle.models_told()
+        self._dispatcher.room(instance)
 
     def _instance_forgotten(self, instance: ExecutionInstance) -> None:
         self.prefixes.forget(instance.instance_id)
@@ -402,7 +416,7 @@ class ControlPlaneManager:
     def scheduling_policy(self) -> SchedulingPolicy:
         return self._dispatcher.policy
 
-    def _make_router(self, strategy: str | RoutingStrategy) -> RequestRouter:
+    def _make_router(self, strategy: object) -> RequestRouter:
         return RequestRouter(strategy, rng=Random(self._rng.random()), view_factory=lambda _: self.fleet)
 
     def _bind_policy(self, policy: SchedulingPolicy) -> None:
@@ -410,17 +424,29 @@ class ControlPlaneManager:
         policy.view_of = lambda _: self.fleet
         policy.place_with = self._dispatcher.decide
 
-    def update_policy(self, scheduling_policy: str | SchedulingPolicy) -> None:
-        """Change the order at run time: what waits is re-keyed once and loses nothing. Raises InvalidRequest for an unknown name."""
+    def update_policy(self, scheduling_policy: str | SchedulingPolicy | object) -> None:
+        """Change the order at run time: what waits is re-keyed once and loses nothing.
+
+        Raises InvalidRequest for an unknown name, ConfigurationError where the new policy fails; then nothing has changed.
+        """
         policy = create_policy(scheduling_policy)
         self._bind_policy(policy)
+        for instance in self.fleet.instances():
+            self._tell_policy(policy, instance)
+        self.queue.rekey(policy, self.fleet)
         self._dispatcher.policy = policy
         self._lifecycle.policy_changed()
-        self.queue.rekey(policy, self.fleet)
         self.events.event("policy_changed", f"scheduling policy is now {policy.name}", policy=policy.name)
         self._dispatcher.room()
 
-    def update_routing_strategy(self, routing_strategy: str | RoutingStrategy) -> None:
+    def _tell_policy(self, policy: SchedulingPolicy, instance: ExecutionInstance) -> None:
+        try:
+            policy.on_instance_registered(instance)
+        except Exception as error:  # the user's own hook: its fault is said and harms nobody
+            message = f"on_instance_registered of the scheduling policy {policy.name} failed: {error!r}"
+            self.events.event("policy_hook_failed", message, policy=policy.name)
+
+    def update_routing_strategy(self, routing_strategy: str | RoutingStrategy | object) -> None:
         """Change placement at run time. Raises InvalidRequest for an unknown name."""
         self.router = self._make_router(routing_strategy)
         self._dispatcher.router = self.router
@@ -462,7 +488,7 @@ class ControlPlaneManager:
 
     def get_pd_metrics(self) -> PDMetrics:
         """Prefill/decode separation: what was classed how, and where it went."""
-        found = self._dispatcher.pd_metrics
+        found = replace(self._dispatcher.pd_metrics)
         instances = self.fleet.instances()
         found.timestamp = self.clock.utc(self.clock.now_s())
         found.prefilling_instances = sum(i.instance_type == "prefilling" for i in instances)

@@ -67,10 +67,10 @@ class PDRoutingStrategy:
         By type (0.8 for its own role, 0.1 for the other, 0.5 and 0.6 for general and hybrid), up to 0.1 more for tensor parallelism,
         which shortens a prefill, or for its absence, which serves more decodes a GPU, and 0.1 for options set for the role.
         """
-        prefilling, decoding = _BASE_SCORES[instance.instance_type]
+        prefilling, decoding = _BASE_SCORES[ExecutionInstanceType(instance.instance_type)]
         wide = min(1.0, math.log2(max(1, instance.tensor_parallel_size)) / math.log2(_FULL_TP))
         prefilling += 0.1 * wide
-        decoding += 0.1 * (1.0 - wide) if instance.instance_type is not ExecutionInstanceType.EMBEDDING else 0.0
+        decoding += 0.1 * (1.0 - wide) if instance.instance_type != ExecutionInstanceType.EMBEDDING else 0.0
         if instance.prefilling_config is not None:
             prefilling += 0.1 if instance.prefilling_config.enable_chunked_prefill else 0.05
         if instance.decoding_config is not None:
@@ -110,19 +110,19 @@ def for_phase(phase: str | None, candidates: Sequence[ExecutionInstance]) -> tup
         return list(candidates), False
     wanted = parse_phase(phase)
     takes = ExecutionInstance.can_accept_prefilling_request if wanted is PREFILLING else ExecutionInstance.can_accept_decoding_request
-    special = [i for i in candidates if i.instance_type is wanted and takes(i)]
+    special = [i for i in candidates if i.instance_type == wanted and takes(i)]
     if special:
         return special, True
     other = DECODING if wanted is PREFILLING else PREFILLING
-    general = [i for i in candidates if i.instance_type is not other and i.instance_type is not wanted and takes(i)]
+    general = [i for i in candidates if i.instance_type not in (other, wanted) and takes(i)]
     if general:
         return general, False
-    return [i for i in candidates if i.instance_type is other and _has_own_room(i)], False
+    return [i for i in candidates if i.instance_type == other and _has_own_room(i)], False
 
 
 def _has_own_room(instance: ExecutionInstance) -> bool:
     """Room in the role that the instance has: all that runs on it counts."""
-    if instance.instance_type is PREFILLING:
+    if instance.instance_type == PREFILLING:
         options = instance.prefilling_config
         return options is None or instance.active_requests < options.target_batch_size
     decoding = instance.decoding_config

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from control_plane import roofline
 from control_plane.errors import InvalidRequest
-from control_plane.types import ExecutionInstance, RequestKind, RequestMetadata
+from control_plane.types import ExecutionInstance, ExecutionInstanceType, RequestKind, RequestMetadata
 
 #: samples that the roofline prior counts as, and the memory of the learned lines, in samples
 PRIOR_WEIGHT = 4.0
@@ -103,18 +104,35 @@ class InstanceModel:
 
 
 def prior_of(instance: ExecutionInstance) -> roofline.EngineProfile:
-    """The catalogue entry that the instance names, else a guess from its model's name and its sizes."""
-    if instance.profile:
-        try:
-            return roofline.profile(instance.profile)
-        except InvalidRequest:
-            pass  # a name of the owner's own says nothing to the catalogue; the configuration check reports it
-    return roofline.guess_profile(
-        instance.model_name,
-        gpu_memory_gb=instance.gpu_memory_gb,
-        tensor_parallel_size=instance.tensor_parallel_size,
-        pipeline_parallel_size=instance.pipeline_parallel_size,
-    )
+    """The catalogue entry that the instance names, else a guess from its model's name and its sizes; with its role's options."""
+    prefilling = instance.prefilling_config
+    found = _named_profile(instance)
+    if found is None:
+        tp, pp = _sizes(instance)
+        found = roofline.guess_profile(
+            instance.model_name, gpu_memory_gb=instance.gpu_memory_gb, tensor_parallel_size=tp, pipeline_parallel_size=pp
+        )
+    if prefilling is not None and prefilling.enable_chunked_prefill and prefilling.max_chunk_size_tokens > 0:
+        found = replace(found, max_num_batched_tokens=prefilling.max_chunk_size_tokens)
+    return found
+
+
+def _named_profile(instance: ExecutionInstance) -> roofline.EngineProfile | None:
+    try:
+        return roofline.profile(instance.profile) if instance.profile else None
+    except InvalidRequest:
+        return None  # a name of the owner's own says nothing to the catalogue; the configuration check reports it
+
+
+def _sizes(instance: ExecutionInstance) -> tuple[int, int]:
+    """TP and PP: the instance's own; where it tells none, those of its role's options, if it has as many GPUs."""
+    own = instance.tensor_parallel_size, instance.pipeline_parallel_size
+    decodes = instance.instance_type == ExecutionInstanceType.DECODING
+    options = instance.decoding_config if decodes else instance.prefilling_config
+    if own != (1, 1) or options is None:
+        return own
+    told = options.tensor_parallel_size, options.pipeline_parallel_size
+    return told if 1 < told[0] * told[1] <= instance.gpu_count else own
 
 
 def _line(x0: float, y0: float, x1: float, y1: float) -> Line:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from control_plane.errors import ConfigurationError, QueueFull
+from control_plane.errors import ConfigurationError, ControlPlaneError, QueueFull
 from control_plane.job import Job, LaneKey
 from control_plane.protocols import FleetView
 from control_plane.types import ExecutionInstance, RequestMetadata
@@ -60,11 +60,22 @@ class QueueState:
 
 def set_key(job: Job, policy: QueueOrder, view: FleetView) -> None:
     """Give a job the policy's key and its latest start, before it is pushed. Raises ConfigurationError for a key that is no number."""
-    key = policy.key(job.request, job.arrival_s, view)
+    job.key, job.latest_start_s = _ordered_by(job, policy, view)
+
+
+def _ordered_by(job: Job, policy: QueueOrder, view: FleetView) -> tuple[float, float]:
+    """(key, latest start) by a policy, which may be the user's own."""
+    try:
+        key = float(policy.key(job.request, job.arrival_s, view))
+        latest_start_s = float(policy.latest_start_s(job.request, job.arrival_s, view))
+    except ControlPlaneError:
+        raise
+    except Exception as error:
+        message = f"the scheduling policy failed at the key of request {job.request_id}: {error!r}"
+        raise ConfigurationError(message, param="scheduling_policy") from error
     if key != key:
         raise ConfigurationError(f"the policy's key of request {job.request_id} is not a number", param="scheduling_policy")
-    job.key = key
-    job.latest_start_s = policy.latest_start_s(job.request, job.arrival_s, view)
+    return key, latest_start_s
 
 
 def relative_slack_s(job: Job, now_s: float, present_wait_s: float, patience: float = 1.0) -> float:
@@ -300,16 +311,10 @@ class RequestQueue:
     def rekey(self, policy: QueueOrder, view: FleetView) -> None:
         """Order everything anew by another policy.
 
-        Equal keys keep the order of acceptance; the relegated are judged again. Raises what the policy's ``key`` raises and
-        ConfigurationError for a key that is no number, and then nothing has changed.
+        Equal keys keep the order of acceptance; the relegated are judged again. Raises ConfigurationError where the policy fails or
+        its key is no number, and then nothing has changed.
         """
-        fresh = [
-            (job, policy.key(job.request, job.arrival_s, view), policy.latest_start_s(job.request, job.arrival_s, view))
-            for job in self._numbers
-        ]
-        for job, key, _ in fresh:
-            if key != key:
-                raise ConfigurationError(f"the policy's key of request {job.request_id} is not a number", param="scheduling_policy")
+        fresh = [(job, *_ordered_by(job, policy, view)) for job in self._numbers]
         for lane in self._lanes.values():
             lane.main, lane.late, lane.live_late, lane.since_late = [], [], 0, 0
         for job, key, latest_start_s in fresh:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
-from control_plane.engines import AnswerSink, answer_output
+from control_plane.engines import AnswerSink, StreamSink, answer_output
 from control_plane.errors import RequestNotFound
 from control_plane.job import Job
 from control_plane.types import RequestStatus, RequestStatusInfo, Timings
@@ -81,12 +81,17 @@ def timings_of(job: Job) -> Timings:
 
 def status_info(job: Job) -> RequestStatusInfo:
     """The public view of a job."""
-    sink = job.sink
-    response = sink.response if isinstance(sink, AnswerSink) and job.state is RequestStatus.COMPLETED else None
+    sink, response, output = job.sink, None, None
+    if job.state is RequestStatus.COMPLETED:
+        if isinstance(sink, AnswerSink) and sink.response is not None:
+            response = sink.response
+            output = answer_output(response)
+        elif isinstance(sink, StreamSink):
+            output = sink.text
     return RequestStatusInfo(
         request_id=job.request_id,
         state=job.state,
-        output=answer_output(response) if response is not None else None,
+        output=output,
         response=response,
         error=job.error,
         usage=job.usage,

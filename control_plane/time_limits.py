@@ -51,4 +51,6 @@ class QueueTimeLimits:
         if not self._fleet.knows(lane.model) and all(instance.model_name for instance in self._fleet.instances()):
             return ModelNotFound(lane.model, tuple(self._fleet.models()))
         waited = f"{self._no_instance_timeout_s:g} s"
+        if not lane.model:
+            return NoInstanceAvailable(f"no server has told for {waited} which model it serves")
         return NoInstanceAvailable(f"no instance that can serve `{lane.model}` ({lane.kind}) for {waited}")

@@ -335,7 +335,7 @@ class ExecutionInstance:
     decoding_active_requests: int = 0
     metadata: dict[str, Any] = field(default_factory=dict)
     url: str | None = None
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     price_per_gpu_hour_usd: float = 0.0
     zone: str | None = None
     machine_id: str | None = None
@@ -375,9 +375,13 @@ class ExecutionInstance:
             )
         if not self.instance_id:
             self.instance_id = f"{self.host}:{self.port}"
-        if self.model_name and not self.served_models:
-            self.served_models = [self.model_name]
-        if isinstance(is_healthy, bool):
+        if self.served_models and not self.model_name:
+            self.model_name = self.served_models[0]
+        if self.model_name and self.model_name not in self.served_models:
+            self.served_models = [self.model_name, *self.served_models]
+        if self.decoding_config is not None and not self.decoding_config.enable_prefix_caching:
+            self.engine.prefix_caching = False  # until its server tells otherwise
+        if isinstance(is_healthy, bool) and is_healthy is not _get_healthy(self):
             _set_healthy(self, is_healthy)
 
     @property
@@ -421,13 +425,13 @@ class ExecutionInstance:
 
     def can_accept_prefilling_request(self) -> bool:
         """Takes prefill work: the role fits and ``prefilling_config.target_batch_size`` is not reached."""
-        if self.instance_type is ExecutionInstanceType.DECODING or not self.can_accept_request:
+        if self.instance_type == ExecutionInstanceType.DECODING or not self.can_accept_request:
             return False
         return self.prefilling_config is None or self.prefilling_active_requests < self.prefilling_config.target_batch_size
 
     def can_accept_decoding_request(self) -> bool:
         """Takes decode work: the role fits and ``decoding_config.max_parallel_requests`` is not reached."""
-        if self.instance_type is ExecutionInstanceType.PREFILLING or not self.can_accept_request:
+        if self.instance_type == ExecutionInstanceType.PREFILLING or not self.can_accept_request:
             return False
         return self.decoding_config is None or self.decoding_active_requests < self.decoding_config.max_parallel_requests
 
@@ -440,7 +444,7 @@ class ExecutionInstance:
             return True
         if self.supported_request_types is not None:
             return kind in self.supported_request_types
-        if self.instance_type is ExecutionInstanceType.EMBEDDING:
+        if self.instance_type == ExecutionInstanceType.EMBEDDING:
             return kind not in (RequestKind.CHAT, RequestKind.COMPLETION)
         return True
 
@@ -542,7 +546,7 @@ class SchedulingDecision:
 class PerformanceMetrics:
     """A snapshot of the whole control plane. Counts since start; rates and quantiles over ``metrics_window_s``.
 
-    ``gpu_utilization`` is None where nobody measures it; nothing here is invented.
+    ``gpu_utilization`` is None where nobody measures it, ``avg_gpu_utilization`` 0.0 then; nothing here is invented.
     """
 
     timestamp: datetime | None = None
@@ -564,7 +568,7 @@ class PerformanceMetrics:
     slo_violations: int = 0
     slo_compliance_rate: float = 1.0
     gpu_utilization: float | None = None
-    avg_gpu_utilization: float | None = None
+    avg_gpu_utilization: float = 0.0
     total_gpu_memory_gb: float = 0.0
     used_gpu_memory_gb: float = 0.0
     total_cost: float = 0.0

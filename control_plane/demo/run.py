@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
+from collections.abc import Coroutine
 from dataclasses import replace
 
 import uvloop
@@ -37,7 +39,18 @@ def run_demo(*, duration_s: float, seed: int, keep: bool, port: int) -> int:
     logging.getLogger("control_plane").addHandler(logging.NullHandler())  # the tables tell the story; logs would cut through it
     logging.getLogger("control_plane").propagate = False
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_Demo(console(), duration_s, seed).run(keep, port))
+        return runner.run(_until_signal(_Demo(console(), duration_s, seed).run(keep, port), keep))
+
+
+async def _until_signal(running: Coroutine[None, None, int], keep: bool) -> int:
+    """SIGTERM and SIGINT end it in good order: no engine is left behind. That is how ``--keep`` ends well; else it is a failure."""
+    task = asyncio.create_task(running)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        return 0 if keep else 1
 
 
 class _Demo:
@@ -68,7 +81,7 @@ class _Demo:
                 await asyncio.Event().wait()
         finally:
             await gateway.stop(0.0)
-            await manager.stop()
+            await manager.stop(0.0)
             await asyncio.gather(*(engine.stop() for engine in self._engines))
         return 0
 

@@ -67,10 +67,11 @@ class AnswerSink:
 class StreamSink:
     """Hands a streamed answer to one async iterator of events (dicts), pausing the engine while the reader is behind."""
 
-    __slots__ = ("_call", "_chunks", "_ended", "_error", "_paused", "_waiter")
+    __slots__ = ("_call", "_chunks", "_ended", "_error", "_paused", "_texts", "_waiter")
 
     def __init__(self) -> None:
         self._chunks: deque[bytes] = deque()
+        self._texts: list[str] = []
         self._call: Call | None = None
         self._ended = False
         self._error: ControlPlaneError | None = None
@@ -108,7 +109,9 @@ class StreamSink:
         """Each JSON event as a dict. Raises the error that ended the stream, after the events that came before it."""
         while True:
             while self._chunks:
-                for event in parse_events(self._chunks.popleft()):
+                events = parse_events(self._chunks.popleft())
+                self._texts.extend(filter(None, map(delta_text, events)))
+                for event in events:
                     yield event
                 if self._paused and len(self._chunks) <= STREAM_LOW_CHUNKS and self._call is not None:
                     self._paused = False
@@ -119,6 +122,12 @@ class StreamSink:
             await self._waiter
         if self._error is not None:
             raise self._error
+
+    @property
+    def text(self) -> str:
+        """All that came of the first choice, read or not."""
+        unread = (delta_text(event) for chunk in self._chunks for event in parse_events(chunk))
+        return "".join((*self._texts, *unread))
 
 
 def parse_events(data: bytes) -> list[dict[str, Any]]:
@@ -136,20 +145,24 @@ def parse_events(data: bytes) -> list[dict[str, Any]]:
 
 def delta_text(event: dict[str, Any]) -> str:
     """The new text of the first choice in a stream event, "" when it brings none."""
-    choices = event.get("choices")
-    if not isinstance(choices, list) or not choices or choices[0].get("index", 0) != 0:
+    choice = _first_choice(event)
+    if choice is None or choice.get("index", 0) != 0:
         return ""
-    choice = choices[0]
     text = choice["delta"].get("content") if isinstance(choice.get("delta"), dict) else choice.get("text")
     return text if isinstance(text, str) else ""
 
 
+def _first_choice(answer: dict[str, Any]) -> dict[str, Any] | None:
+    choices = answer.get("choices")
+    return choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else None
+
+
 def answer_output(response: dict[str, Any]) -> Any:
     """What the caller asked for: the first choice's text (a ``str``), or for embeddings the list of vectors."""
-    choices = response.get("choices")
-    if isinstance(choices, list) and choices:
-        message = choices[0].get("message")
-        text = message.get("content") if isinstance(message, dict) else choices[0].get("text")
+    choice = _first_choice(response)
+    if choice is not None:
+        message = choice.get("message")
+        text = message.get("content") if isinstance(message, dict) else choice.get("text")
         return text if text is not None else ""
     data = response.get("data")
     if isinstance(data, list):

@@ -23,17 +23,16 @@ def build_wire(request: RequestMetadata, kind: RequestKind, model: str, *, strea
     if path is None:
         choices = ", ".join(_PATHS)
         raise InvalidRequest(f"kind {kind!s} has no Python form; use one of {choices}, or the HTTP gateway", param="kind")
-    body: dict[str, Any] = {"model": model, **_content(request, kind)}
+    body: dict[str, Any] = {**({"model": model} if model else {}), **_content(request, kind)}
     if kind is not RequestKind.EMBEDDING:
         optional = {"max_tokens": request.max_tokens, "temperature": request.temperature, "top_p": request.top_p}
         body.update((name, value) for name, value in optional.items() if value is not None)
     body.update(request.extra_body)
     body.pop("stream", None)
+    options = body.pop("stream_options", None)
     if stream:
         body["stream"] = True
-        body["stream_options"] = {**(body.get("stream_options") or {}), "include_usage": True}
-    else:
-        body.pop("stream_options", None)
+        body["stream_options"] = {**(options if isinstance(options, dict) else {}), "include_usage": True}
     try:
         return WireRequest(path, msgspec.json.encode(body), stream)
     except (TypeError, ValueError) as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+from collections import deque
 
 from control_plane.clock import Clock
 from control_plane.engines import events
@@ -15,6 +16,8 @@ from control_plane.types import ExecutionInstance, Leg, RequestMetadata, Usage
 #: a unary answer up to this size is held until it is whole, so that an engine that dies in the middle can be replaced unseen
 UNARY_HOLD_BYTES = 1024 * 1024
 _JSON = (b"content-type", b"application/json")
+#: clients of former addresses that are kept to be closed at the end; an older one's connections end by their own time limits
+MAX_FORMER = 8
 
 
 class OpenAICompatibleEngine:
@@ -30,6 +33,8 @@ class OpenAICompatibleEngine:
         self._tls = tls
         self._client: HttpClient | None = None
         self._client_url = ""
+        #: clients of former addresses: requests may still run there
+        self._former: deque[HttpClient] = deque(maxlen=MAX_FORMER)
 
     @property
     def client(self) -> HttpClient:
@@ -39,6 +44,8 @@ class OpenAICompatibleEngine:
             tls = self._tls
             if tls is None and url.startswith("https:"):
                 tls = ssl.create_default_context()
+            if self._client is not None:
+                self._former.append(self._client)
             self._client = HttpClient(url, limits=self._limits, ssl=tls)
             self._client_url = url
         return self._client
@@ -55,7 +62,9 @@ class OpenAICompatibleEngine:
 
     async def close(self) -> None:
         client, self._client = self._client, None
-        if client is not None:
+        clients = [*self._former] if client is None else [*self._former, client]
+        self._former.clear()
+        for client in clients:
             await client.close()
 
     def _headers(self, wire: WireRequest) -> Headers:

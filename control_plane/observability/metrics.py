@@ -172,7 +172,7 @@ class MetricsRecorder:
             slo_violations=self.slo_violations,
             slo_compliance_rate=total.met / total.judged if total.judged else 1.0,
             gpu_utilization=mean_gpu_utilization(instances),
-            avg_gpu_utilization=mean_gpu_utilization(instances),
+            avg_gpu_utilization=mean_gpu_utilization(instances) or 0.0,
             total_gpu_memory_gb=sum(one.gpu_memory_gb * one.world_size for one in instances),
             total_cost=self.cost_usd,
             cost_per_token=self.cost_usd / tokens if tokens else 0.0,

@@ -10,7 +10,8 @@ from control_plane.types import ExecutionInstance, RequestMetadata, SchedulingDe
 
 
 class ForeignPolicy(SchedulingPolicy):
-    """Wraps an object with a coroutine ``schedule(request, instances)``: first come, first served, placed as it decides."""
+    """Wraps an object with a coroutine ``schedule(request, instances)``: first come, first served, placed as it decides. The hooks that
+    it has are called too."""
 
     def __init__(self, policy: Any) -> None:
         if not callable(getattr(policy, "schedule", None)):
@@ -20,6 +21,9 @@ class ForeignPolicy(SchedulingPolicy):
             )
         self.policy = policy
         self.name = getattr(policy, "name", None) or type(policy).__name__
+        for hook in ("on_request_completed", "on_instance_registered"):
+            if callable(getattr(policy, hook, None)):
+                setattr(self, hook, getattr(policy, hook))
 
     async def schedule(self, request: RequestMetadata, instances: list[ExecutionInstance]) -> SchedulingDecision:
         decision: SchedulingDecision = await self.policy.schedule(request, instances)

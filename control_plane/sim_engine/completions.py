@@ -11,7 +11,7 @@ from control_plane.sim_engine.choices import Choice
 from control_plane.sim_engine.errors import ApiError, invalid
 from control_plane.sim_engine.fields import SAMPLING, Body, check, integer, parse
 from control_plane.sim_engine.logprobs import completion_logprobs, prompt_logprobs
-from control_plane.sim_engine.params import DEFAULT_COMPLETION_TOKENS, forced_text, options
+from control_plane.sim_engine.params import DEFAULT_COMPLETION_TOKENS, MAX_PROMPTS, forced_text, options
 from control_plane.sim_engine.replies import Json, Reply, StreamReply, sse
 from control_plane.sim_engine.words import Generation
 
@@ -30,6 +30,7 @@ def completions(engine: SimEngine, exchange: Exchange) -> None:
     forced = forced_text(body)
     if body.get("prompt") in (None, "") and not body.get("prompt_embeds"):
         raise invalid("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
+    _check_prompt_count(body.get("prompt"))
     body = check(body, FIELDS)
     engine.check_model(body)
     if body.get("suffix"):
@@ -48,6 +49,12 @@ def completions(engine: SimEngine, exchange: Exchange) -> None:
     reply.only_echo = only_echo
     reply.beams = bool(body.get("use_beam_search"))
     reply.start(engine.choices(reply, prompts, sampling, wanted))
+
+
+def _check_prompt_count(prompt: Any) -> None:
+    if isinstance(prompt, list) and len(prompt) > MAX_PROMPTS and not isinstance(prompt[0], int):
+        message = f"prompt list length {len(prompt)} exceeds the maximum allowed count of {MAX_PROMPTS}. To increase this limit, set the"
+        raise invalid(f"{message} VLLM_MAX_COMPLETION_PROMPTS environment variable.", "prompt")
 
 
 def _check_logprobs(body: Body) -> None:

@@ -87,7 +87,8 @@ class SimEngine:
         self.rng = Random(seed)
         self.clock = clock or SystemClock()
         self.fingerprint = f"vllm-{VLLM_VERSION}-simulated"
-        self.context = found.max_model_len_tokens
+        #: longest prompt and answer together, in tokens
+        self.context = min(found.max_model_len_tokens, found.kv_block_count * found.block_size_tokens)
         self.responses_store = responses_store
         #: stored answers of /v1/responses by id, oldest first
         self.stored: dict[str, Any] = {}
@@ -197,10 +198,18 @@ class SimEngine:
                 raise ApiError(self._failures.pop(0), "simulated failure")
             route.run(self, exchange)
             status = 200
-        except ApiError as error:
-            status = error.status
-            body = error.anthropic() if exchange.path.startswith("/v1/messages") else error.body()
+        except ApiError as refused:
+            status = refused.status
+            body = refused.anthropic() if exchange.path.startswith("/v1/messages") else refused.body()
             exchange.respond(status, self.headers(b"application/json"), body)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as broken:
+            # a body whose inner parts have other types than they should; pydantic would have said which
+            status = 400
+            error = ApiError(400, f"1 validation error:\n  {broken!r}", kind="Bad Request", param="body", parsing=True)
+            if exchange.started:
+                exchange.abort()
+            else:
+                exchange.respond(status, self.headers(b"application/json"), error.body())
         except PlainError as plain:
             status = plain.status
             exchange.respond(status, [*self.headers(b"application/json"), *plain.headers], plain.body())

@@ -15,35 +15,54 @@ except ImportError:  # pragma: no cover
     import sre_parse as _regex
 
 _MAX_DEPTH: Final = 16
+_MAX_VALUES: Final = 10_000
+#: characters that one repetition in a pattern may make
+_MAX_REPEATED: Final = 10_000
 
 
 def instance_json(schema: Any) -> str:
     """The smallest instance as JSON text, compact."""
-    return msgspec.json.encode(instance(schema, schema)).decode()
+    return msgspec.json.encode(instance(schema)).decode()
 
 
-def instance(schema: Any, root: Any, depth: int = 0) -> Any:
-    """Required properties only, first alternatives, lower bounds. Nesting beyond 16 levels ends in null."""
-    if not isinstance(schema, dict) or depth > _MAX_DEPTH:
-        return None
-    if "const" in schema:
-        return schema["const"]
-    if schema.get("enum"):
-        return schema["enum"][0]
-    if "$ref" in schema:
-        return instance(_resolve(str(schema["$ref"]), root), root, depth + 1)
-    for key in ("anyOf", "oneOf", "allOf"):
-        if schema.get(key):
-            return instance({**schema[key][0], **{k: v for k, v in schema.items() if k != key}}, root, depth + 1)
-    kind = schema.get("type", "object" if "properties" in schema else None)
-    if isinstance(kind, list):
-        kind = kind[0]
-    if kind == "object":
-        properties = schema.get("properties", {})
-        return {name: instance(properties.get(name, {}), root, depth + 1) for name in schema.get("required", ())}
-    if kind == "array":
-        return [instance(schema.get("items", {}), root, depth + 1) for _ in range(min(100, schema.get("minItems", 0)))]
-    return _scalar(kind, schema)
+def instance(schema: Any) -> Any:
+    """Required properties only, first alternatives, lower bounds. Beyond 16 levels or 10,000 values everything is null."""
+    return _Builder(schema).build(schema, 0)
+
+
+class _Builder:
+    __slots__ = ("_left", "_root")
+
+    def __init__(self, root: Any) -> None:
+        self._root = root
+        self._left = _MAX_VALUES
+
+    def build(self, schema: Any, depth: int) -> Any:
+        self._left -= 1
+        if not isinstance(schema, dict) or depth > _MAX_DEPTH or self._left < 0:
+            return None
+        if "const" in schema:
+            return schema["const"]
+        if schema.get("enum"):
+            return schema["enum"][0]
+        if "$ref" in schema:
+            return self.build(_resolve(str(schema["$ref"]), self._root), depth + 1)
+        for key in ("anyOf", "oneOf", "allOf"):
+            if schema.get(key):
+                return self.build({**schema[key][0], **{k: v for k, v in schema.items() if k != key}}, depth + 1)
+        return self._of_type(schema, depth)
+
+    def _of_type(self, schema: dict[str, Any], depth: int) -> Any:
+        kind = schema.get("type", "object" if "properties" in schema else None)
+        if isinstance(kind, list):
+            kind = kind[0]
+        if kind == "object":
+            properties = schema.get("properties", {})
+            return {name: self.build(properties.get(name, {}), depth + 1) for name in schema.get("required", ())}
+        if kind == "array":
+            count = min(schema.get("minItems", 0), max(0, self._left))
+            return [self.build(schema.get("items", {}), depth + 1) for _ in range(count)]
+        return _scalar(kind, schema)
 
 
 def _scalar(kind: Any, schema: dict[str, Any]) -> Any:
@@ -84,7 +103,8 @@ def _match_one(operation: str, argument: Any) -> str:
         return _match_set(argument)
     if operation in ("max_repeat", "min_repeat", "possessive_repeat"):
         low, _, repeated = argument
-        return _match(repeated) * min(low, 1000)
+        text = _match(repeated)
+        return text * min(int(low), _MAX_REPEATED // max(1, len(text)))
     if operation == "subpattern":
         return _match(argument[-1])
     if operation == "branch":

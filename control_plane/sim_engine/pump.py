@@ -30,12 +30,13 @@ class Pump:
         self._loop = loop
         self._timer: asyncio.TimerHandle | asyncio.Handle | None = None
         self._halted = False
-        #: real seconds spent halted
+        #: real seconds spent halted; while halted, less the time at which that began
         self._behind_s = 0.0
 
     def now_s(self) -> float:
         """Model seconds."""
-        return (self._loop.time() - self._behind_s) * self.speed
+        now_s = 0.0 if self._halted else self._loop.time()
+        return (now_s - self._behind_s) * self.speed
 
     def submit(self, choices: Iterable[Choice]) -> None:
         """Hand sequences to the engine. Arrivals of one turn of the event loop share a step."""
@@ -95,10 +96,11 @@ class Pump:
         done = self.model.complete()
         self.metrics.step((run.end_s - run.start_s) / self.speed, done.decoded, run.prefill_tokens, len(done.started))
         for choice in decoding:
-            choice.produced += 1
-            choice.reply.token(choice)
+            if choice.state is not State.ABORTED:
+                choice.produced += 1
+                choice.reply.token(choice)
         for choice in cast("list[Choice]", done.started):
-            if choice.output_tokens:
+            if choice.output_tokens and choice.state is not State.ABORTED:
                 choice.produced = self.model.generated(choice)
                 choice.reply.token(choice)
         for choice in cast("list[Choice]", done.finished):

@@ -46,9 +46,9 @@ class Reply:
     def done(self, choice: Choice) -> None:
         """A sequence ended, after its last token."""
         self.open -= 1
-        if not self.open:
-            self.engine.ended(self)
+        if self.open == 0:
             self.finish()
+            self.close()
 
     def cut_short(self) -> None:
         """The engine goes away: end with what there is, and the reason ``abort``."""
@@ -63,8 +63,15 @@ class Reply:
 
     def leave(self) -> None:
         """The client left: its sequences need no longer be computed."""
-        self.engine.ended(self)
         self.engine.pump.abort(self.choices)
+        self.close()
+
+    def close(self) -> None:
+        """The end. What points back to this is let go, so that nothing waits for the garbage collector."""
+        self.engine.ended(self)
+        self.choices = []
+        self.open = 0
+        self.exchange.on_disconnect = self.exchange.on_pause = self.exchange.on_resume = None
 
     def finish(self) -> None:
         self.engine.respond_json(self.exchange, self.body(), self.extra_headers())

@@ -52,6 +52,8 @@ def create(engine: SimEngine, exchange: Exchange) -> None:
     body = parse(exchange.header(b"content-type"), exchange.body)
     if body.get("background") and body.get("store", True) is False:
         raise invalid("background can only be used when `store` is true", "background")
+    if not body.get("tools"):
+        body.setdefault("tool_choice", "none")
     body = check(body, FIELDS, ("input",))
     engine.check_model(body)
     if body.get("background") and not engine.responses_store:

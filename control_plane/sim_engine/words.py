@@ -6,6 +6,7 @@ comes after 200 tokens on average (geometric), unless a limit, a stop or a force
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -76,11 +77,12 @@ class Generation:
         self.hold_back = 0
 
     def extend(self, count: int) -> None:
-        """Have at least ``count`` ids."""
+        """Have at least ``count`` ids (all there will be, if those are fewer)."""
         ids = self.ids
-        while len(ids) < count:
-            for _ in range(min(_BATCH, self.total - len(ids))):
-                ids.append(next(self._tokens)[0])
+        missing = min(count, self.total) - len(ids)
+        if missing > 0:
+            ahead = min(max(missing, _BATCH), self.total - len(ids))
+            ids.extend(token for token, _ in itertools.islice(self._tokens, ahead))
 
     def cut(self, count: int) -> None:
         """End after ``count`` tokens: the engine was stopped."""

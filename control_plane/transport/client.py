@@ -253,7 +253,7 @@ class HttpClient:
         task = self.loop.create_task(self._open(call))
         call.opening(task)
         self._opening[task] = call
-        task.add_done_callback(self._opening.pop)
+        task.add_done_callback(self._opened)
 
     # ---- own steps
 
@@ -282,15 +282,18 @@ class HttpClient:
 
     async def _open(self, call: ClientCall) -> None:
         limit_s = min(call.limits.connect_timeout_s, max(call.total_due_s - self.loop.time(), 0.0))
+        connection = ClientConnection(self)
         try:
             async with asyncio.timeout(limit_s):
-                _, connection = await self.loop.create_connection(
-                    lambda: ClientConnection(self), self._host, self._port, ssl=self._ssl, server_hostname=self._host if self._ssl else None
+                await self.loop.create_connection(
+                    lambda: connection, self._host, self._port, ssl=self._ssl, server_hostname=self._host if self._ssl else None
                 )
         except asyncio.CancelledError:
-            # by cancel(), which has ended the call, or by close()
-            call.fail("the client is closed")
+            # uvloop closes a connection that was just made without telling it: close() would wait for its end for ever
+            self.forget(connection)
+            raise
         except TimeoutError as error:
+            self.forget(connection)
             reason = os.strerror(error.errno) if error.errno else f"no connection within {limit_s:g} s"
             call.fail(f"cannot connect to {self._host}:{self._port}: {reason}", timed_out=True, connected=False)
         except (OSError, ValueError) as error:
@@ -300,6 +303,12 @@ class HttpClient:
                 connection.drop()
             else:
                 connection.run(call)
+
+    def _opened(self, task: asyncio.Task[None]) -> None:
+        call = self._opening.pop(task)
+        if task.cancelled():
+            # by close(); or by cancel(), which has ended the call itself
+            call.fail("the client is closed")
 
     def _head(self, method: str, path: str, headers: Headers, body: bytes) -> bytes:
         names = self._standing_names

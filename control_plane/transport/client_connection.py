@@ -119,6 +119,8 @@ class ClientConnection(asyncio.Protocol):
         call.connection = self
         limits = call.limits
         self._chunk_s = NEVER_S if limits.chunk_timeout_s is None else limits.chunk_timeout_s
+        if call.paused:
+            self.transport.pause_reading()
         self.set_limit()
         head, body = call.head, call.body
         if len(body) <= JOIN_BYTES:
@@ -304,10 +306,10 @@ class ClientConnection(asyncio.Protocol):
             self._reusable = False
             self._release()
             return
-        cause = error.__context__
+        cause = error.__context__ if isinstance(error, httptools.HttpParserCallbackError) else None
         if isinstance(cause, _Garbage):
             self._fail(f"it answered with something that is not HTTP: {cause}")
-        elif isinstance(error, httptools.HttpParserCallbackError) and cause is not None:
+        elif cause is not None:
             log.error("a receiver failed", exc_info=cause)
             self._fail("its answer could not be handled")
         else:

@@ -103,7 +103,7 @@ class ServerConnection(asyncio.Protocol):
         except Refused as refused:
             self._refuse(refused)
             return
-        if self._exchange is not None:
+        if self._exchange is not None or self._pending:
             if self._pending or reader.phase != BETWEEN:
                 self._pause_reading()
         elif reader.phase != BETWEEN:
@@ -296,6 +296,9 @@ class ServerConnection(asyncio.Protocol):
         self._deadline.set(self._time() + self._limits.linger_s)
         if self.transport.can_write_eof():
             self.transport.write_eof()
+        else:
+            # TLS lingers by itself: it reads on until the client has closed, too
+            self.transport.close()
         if self._paused_reading:
             self._paused_reading = False
             self.transport.resume_reading()

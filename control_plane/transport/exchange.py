@@ -33,6 +33,7 @@ class Exchange:
         target: the request target as it came.
         path: its path, not unquoted; ``query``: what follows the question mark.
         headers: names in lower case, values without surrounding blanks, in the order they came.
+        http10: the client speaks HTTP/1.0.
         received_s: when the request was complete, in seconds of ``loop.time()``.
         on_disconnect: called once when the client leaves before the answer's end.
         on_pause: called when more is unsent than ``write_buffer_high_bytes``; ``on_resume`` when it has drained.

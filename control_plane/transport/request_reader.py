@@ -102,7 +102,9 @@ class RequestReader:
         try:
             if self._bulk_left_bytes:
                 data = self._take_bulk(data)
-            if self.phase != IN_BODY:
+            if self.phase == BETWEEN:
+                self._head_bytes = 0
+            if self.phase != IN_BODY and len(data) + self._head_bytes > self._limits.max_header_bytes:
                 data = self._feed_long_head(data)
             if data:
                 self._feed(data)
@@ -110,11 +112,9 @@ class RequestReader:
             if self.stopped:
                 return
             self.stop()
-            cause = error.__context__
-            if isinstance(cause, Refused):
-                raise cause from None
-            if isinstance(error, httptools.HttpParserCallbackError) and cause is not None:
-                raise cause from None
+            if isinstance(error, httptools.HttpParserCallbackError) and error.__context__ is not None:
+                # what a callback of ours raised
+                raise error.__context__ from None
             raise refused_by_parser(str(error)) from None
         except Refused:
             self.stop()
@@ -136,10 +136,13 @@ class RequestReader:
     # ---- feeding
 
     def _feed(self, data: bytes) -> None:
+        upgrade_at = None
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            self._continue_without_upgrade(data[upgrade.args[0] :])
+            upgrade_at = upgrade.args[0]
+        if upgrade_at is not None:
+            self._continue_without_upgrade(data[upgrade_at:])
             return
         phase = self.phase
         if phase == IN_HEAD:
@@ -153,11 +156,7 @@ class RequestReader:
 
     def _feed_long_head(self, data: bytes) -> bytes:
         """Where this might be more than a head's limit: feed as much as the limit allows, and return the rest."""
-        if self.phase == BETWEEN:
-            self._head_bytes = 0
         room_bytes = self._limits.max_header_bytes - self._head_bytes
-        if len(data) <= room_bytes:
-            return data
         self._feed(data[:room_bytes])
         if self.phase == IN_HEAD and self._head_bytes >= self._limits.max_header_bytes:
             raise Refused(431, "invalid_request", f"Request line and headers are more than {self._limits.max_header_bytes} bytes.")

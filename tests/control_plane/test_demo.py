@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -89,3 +90,21 @@ def test_a_short_demo_runs_to_its_end_and_leaves_nothing_behind() -> None:
     assert killed is not None
     with pytest.raises(ProcessLookupError):
         os.kill(int(killed[1]), 0)
+
+
+def test_a_signal_ends_the_demo_and_its_engines() -> None:
+    command = [sys.executable, "-m", "control_plane.cli", "demo", "--duration-s", "30"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True) as demo:
+        assert demo.stdout is not None
+        for line in demo.stdout:
+            if line.startswith("sending"):
+                break
+        engines = [int(pid) for pid in Path(f"/proc/{demo.pid}/task/{demo.pid}/children").read_text().split()]
+        demo.terminate()
+        _, errors = demo.communicate(timeout=20)
+
+    assert (demo.returncode, errors) == (1, "")
+    assert len(engines) == 3
+    for pid in engines:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

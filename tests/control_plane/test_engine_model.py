@@ -1,4 +1,4 @@
-"""The engine model: accounting of blocks and tokens, order, preemption, prefix hits, long runs."""
+"""The engine model: accounting of tokens and blocks, order, preemption, prefix hits, long runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from control_plane.engines.kv_blocks import KvBlocks
 from control_plane.engines.model import EngineModel, ModelSequence, State
 from control_plane.roofline import EngineProfile, decode_step_s, profile
 
@@ -42,46 +41,6 @@ def drain(model: EngineModel, now_s: float = 0.0, max_steps: int = 1, limit: int
 
 def distinct(start: int, blocks: int) -> list[int]:
     return list(range(start * 1000, start * 1000 + blocks))
-
-
-# ---------------------------------------------------------------------------------------------------------------- the KV cache
-
-
-def test_blocks_are_given_out_blank_first_and_then_least_recently_freed() -> None:
-    blocks = KvBlocks(4)
-    for content in (1, 2):
-        blocks.allocate(1)
-        blocks.publish(content)
-        blocks.release([content], 0)
-    blocks.allocate(2)
-    assert blocks.match([1]) == 1, "two blank blocks were left"
-    blocks.allocate(1)
-    assert (blocks.match([1]), blocks.match([2])) == (0, 1)
-    assert blocks.free == 1
-    with pytest.raises(ValueError, match="2 KV blocks wanted, 1 free"):
-        blocks.allocate(2)
-
-
-def test_the_tail_of_a_prefix_is_evicted_before_its_head() -> None:
-    blocks = KvBlocks(3)
-    blocks.allocate(3)
-    for content in (1, 2, 3):
-        blocks.publish(content)
-    blocks.release([1, 2, 3], 0)
-    blocks.allocate(1)
-    assert blocks.match([1, 2, 3]) == 2
-
-
-def test_a_shared_block_is_free_when_its_last_user_leaves() -> None:
-    blocks = KvBlocks(2)
-    blocks.allocate(1)
-    blocks.publish(7)
-    blocks.acquire([7])
-    blocks.release([7], 0)
-    assert blocks.free == 1
-    blocks.release([7], 0)
-    assert blocks.free == 2
-    blocks.check()
 
 
 # ---------------------------------------------------------------------------------------------------------------- steps

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 
 import pytest
-from scripted_engine import ScriptedCall, ScriptedEngine
+from scripted_world import World
 
 from control_plane import (
     BudgetExhausted,
@@ -27,47 +27,6 @@ from control_plane import (
     SchedulingDecision,
     SchedulingPolicy,
 )
-from control_plane.fleet import HealthSettings
-
-MODEL = "m"
-
-
-class World:
-    """A manager, and the scripted engines that it made for its instances."""
-
-    def __init__(self, names: str = "ab", *, answer: bool = False, **options: object) -> None:
-        self.engines: dict[str, ScriptedEngine] = {}
-        self.on_start: Callable[[ScriptedCall], None] | None = ScriptedCall.answer if answer else None
-        self.manager = ControlPlaneManager(
-            engine_factory=self._make,
-            seed=3,
-            health=HealthSettings(probe_interval_s=30.0),
-            **options,  # type: ignore[arg-type]
-        )
-        for name in names:
-            self.add(name)
-
-    def _make(self, instance: ExecutionInstance) -> ScriptedEngine:
-        engine = self.engines[instance.instance_id] = ScriptedEngine(instance, self.on_start)
-        return engine
-
-    def add(self, name: str, **fields: object) -> ExecutionInstance:
-        instance = ExecutionInstance(**{"instance_id": name, "model_name": MODEL, **fields})  # type: ignore[arg-type]
-        self.manager.register_instance(instance)
-        return instance
-
-    def open_on(self, name: str) -> list[ScriptedCall]:
-        return self.engines[name].open if name in self.engines else []
-
-    @property
-    def open(self) -> list[ScriptedCall]:
-        return [call for engine in self.engines.values() for call in engine.open]
-
-    async def submit(self, request_id: str, **fields: object) -> str:
-        return await self.manager.submit_request(RequestMetadata(request_id=request_id, **{"prompt": "x", **fields}))  # type: ignore[arg-type]
-
-    async def state(self, request_id: str) -> str:
-        return (await self.manager.get_request_status(request_id)).state
 
 
 @pytest.fixture
@@ -92,7 +51,7 @@ async def test_what_is_refused_names_the_field_and_leaves_nothing(make: Make) ->
     for fields, param in (
         ({"slo_deadline_ms": -1}, "slo_deadline_ms"),
         ({"max_tokens": -5}, "max_tokens"),
-        ({"messages": []}, "messages"),
+        ({"prompt": "x", "messages": []}, "messages"),
         ({"when_late": "drop"}, "when_late"),
         ({"top_p": 7}, "top_p"),
     ):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import pytest
@@ -60,14 +61,25 @@ async def until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:
             await asyncio.sleep(0.002)
 
 
-async def open_stream(
-    engine: SimEngine, body: Any, path: str = "/v1/chat/completions"
-) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    reader, writer = await asyncio.open_connection("127.0.0.1", engine.port)
+@asynccontextmanager
+async def open_stream(engine: SimEngine, body: Any) -> AsyncIterator[asyncio.StreamReader]:
+    """A chat request on a connection of its own, which is closed at the end."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", engine.port, limit=1 << 22)
     raw = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(raw)}\r\n\r\n"
     writer.write(head.encode() + raw)
-    return reader, writer
+    try:
+        yield reader
+    finally:
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+async def read_rest(reader: asyncio.StreamReader) -> bytes:
+    with suppress(ConnectionResetError):
+        return await reader.read()
+    return b""
 
 
 # ---------------------------------------------------------------------------------------------------------------- the small paths
@@ -86,7 +98,8 @@ async def test_health_is_empty_and_unknown_paths_and_methods_are_refused(engine:
     status, headers, body = await get(engine, "/health")
     assert (status, body) == (200, b"")
     assert b"content-type" not in headers
-    assert await get(engine, "/nowhere") == (404, {**(await get(engine, "/nowhere"))[1]}, b'{"detail":"Not Found"}')
+    status, _, body = await get(engine, "/nowhere")
+    assert (status, body) == (404, b'{"detail":"Not Found"}')
     status, headers, body = await get(engine, "/v1/chat/completions")
     assert (status, headers[b"allow"], body) == (405, b"POST", b'{"detail":"Method Not Allowed"}')
 
@@ -151,10 +164,10 @@ async def test_several_prompts_and_choices_are_numbered_prompt_by_prompt(engine:
     assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
     assert len({choice["text"] for choice in answer["choices"]}) == 4
     assert answer["usage"]["completion_tokens"] == 24
-    single = [
-        (await post(engine, "/v1/completions", {**TEXT, "prompt": prompt}))[2]["usage"]["prompt_tokens"] for prompt in ("Once", "Twice")
-    ]
-    assert answer["usage"]["prompt_tokens"] == sum(single)
+    single = 0
+    for prompt in ("Once", "Twice"):
+        single += (await post(engine, "/v1/completions", {**TEXT, "prompt": prompt}))[2]["usage"]["prompt_tokens"]
+    assert answer["usage"]["prompt_tokens"] == single
 
 
 async def test_echo_repeats_the_prompt(engine: SimEngine) -> None:
@@ -194,12 +207,12 @@ TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": 
 async def test_a_required_or_named_tool_is_called(engine: SimEngine, choice: Any, reason: str) -> None:
     body = {"messages": HELLO, "tools": TOOLS, "tool_choice": choice}
     answer = (await post(engine, "/v1/chat/completions", body))[2]["choices"][0]
-    call = answer["message"]["tool_calls"][0]["function"]
-    assert (call["name"], json.loads(call["arguments"]), answer["finish_reason"]) == ("get_weather", {"city": "text"}, reason)
+    called = answer["message"]["tool_calls"][0]["function"]
+    assert (called["name"], json.loads(called["arguments"]), answer["finish_reason"]) == ("get_weather", {"city": "text"}, reason)
     streamed = events((await post(engine, "/v1/chat/completions", {**body, "stream": True}))[2])
-    calls = [call for event in streamed[1:-1] for call in event["choices"][0]["delta"].get("tool_calls", ())]
-    assert calls[0]["function"] == {"name": "get_weather"}
-    assert "".join(call["function"]["arguments"] for call in calls[1:]) == call["arguments"] if (call := call) else True
+    deltas = [delta for event in streamed[1:-1] for delta in event["choices"][0]["delta"].get("tool_calls", ())]
+    assert deltas[0]["function"] == {"name": "get_weather"}
+    assert "".join(delta["function"]["arguments"] for delta in deltas[1:]) == called["arguments"]
     assert streamed[-2]["choices"][0]["finish_reason"] == reason
 
 
@@ -270,20 +283,19 @@ async def test_a_stop_string_never_leaks_into_a_stream(engine: SimEngine) -> Non
 
 
 async def test_tokens_share_an_event_while_the_client_reads_too_slowly(engine: SimEngine) -> None:
-    reader, writer = await open_stream(engine, {**CHAT, "max_tokens": 400, "stream": True})
-    await until(lambda: engine.open_requests == 1)
-    (reply,) = engine._replies
-    assert reply.exchange.on_pause is not None
-    assert reply.exchange.on_resume is not None
-    reply.exchange.on_pause()
-    produced = reply.choices[0].produced
-    await until(lambda: reply.choices[0].produced >= produced + 20)
-    reply.exchange.on_resume()
-    data = (await reader.readuntil(b"0\r\n\r\n")).decode()
+    async with open_stream(engine, {**CHAT, "max_tokens": 400, "stream": True}) as reader:
+        await until(lambda: engine.open_requests == 1)
+        (reply,) = engine._replies
+        assert reply.exchange.on_pause is not None
+        assert reply.exchange.on_resume is not None
+        reply.exchange.on_pause()
+        produced = reply.choices[0].produced
+        await until(lambda: reply.choices[0].produced >= produced + 20)
+        reply.exchange.on_resume()
+        data = (await reader.readuntil(b"0\r\n\r\n")).decode()
     contents = [event["choices"][0]["delta"]["content"] for event in events(data)[1:-1]]
     assert max(len(content.split()) for content in contents) >= 20
     assert len("".join(contents).split()) == 400
-    writer.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------- leaving, failing
@@ -291,9 +303,8 @@ async def test_tokens_share_an_event_while_the_client_reads_too_slowly(engine: S
 
 async def test_a_client_that_leaves_stops_its_sequences(engine: SimEngine) -> None:
     for body in ({**CHAT, "max_tokens": 4000, "stream": True, "n": 3}, {**CHAT, "max_tokens": 4000}):
-        _, writer = await open_stream(engine, body)
-        await until(lambda: engine.model.running > 0)
-        writer.close()
+        async with open_stream(engine, body):
+            await until(lambda: engine.model.running > 0)
         await until(lambda: engine.model.idle and not engine.open_requests)
     assert engine.model.blocks.free == engine.model.blocks.total
 
@@ -324,31 +335,27 @@ async def test_fail_next(engine: SimEngine) -> None:
     assert statuses == [503, 503, 200]
 
 
-async def test_streams_can_be_cut(engine: SimEngine) -> None:
-    engine.cut_streams_after = 3
-    reader, writer = await open_stream(engine, {**CHAT, "max_tokens": 100, "stream": True})
-    try:
-        data = await reader.read()
-    except ConnectionResetError:
-        data = b""
-    writer.close()
-    assert not data.endswith(b"0\r\n\r\n")
+@pytest.mark.parametrize(("after", "n"), [(3, 1), (1, 3), (100, 2)])
+async def test_streams_can_be_cut(engine: SimEngine, after: int, n: int) -> None:
+    engine.cut_streams_after = after
+    async with open_stream(engine, {**CHAT, "max_tokens": 100, "n": n, "stream": True}) as reader:
+        assert not (await read_rest(reader)).endswith(b"0\r\n\r\n")
     await until(lambda: engine.model.idle)
+    assert (await post(engine, "/v1/chat/completions", CHAT))[0] == 200, "and it serves on"
 
 
 async def test_kill_drops_everything_without_an_answer() -> None:
     engine = SimEngine(model_name="tiny", speed=0.1)
     await engine.start()
-    reader, writer = await open_stream(engine, {**CHAT, "stream": True})
-    await until(lambda: engine.model.running == 1)
-    await engine.kill()
-    try:
-        assert not (await reader.read()).endswith(b"0\r\n\r\n")
-    except ConnectionResetError:
-        pass
-    writer.close()
+    url = engine.url
+    async with open_stream(engine, {**CHAT, "stream": True}) as reader:
+        await until(lambda: engine.model.running == 1)
+        await engine.kill()
+        assert not (await read_rest(reader)).endswith(b"0\r\n\r\n")
+    client = HttpClient(url)
     with pytest.raises(InstanceFailed):
-        await HttpClient(f"http://127.0.0.1:{reader._transport.get_extra_info('peername')[1]}").fetch("GET", "/health")  # type: ignore[attr-defined]
+        await client.fetch("GET", "/health")
+    await client.close()
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -366,7 +373,7 @@ async def test_stop_ends_running_answers_with_the_reason_abort(stream: bool) -> 
 async def test_stop_with_grace_lets_answers_end() -> None:
     engine = SimEngine(model_name="tiny", speed=10.0)
     await engine.start()
-    answer: Awaitable[Any] = asyncio.create_task(post(engine, "/v1/chat/completions", {**CHAT, "max_tokens": 100}))
+    answer = asyncio.create_task(post(engine, "/v1/chat/completions", {**CHAT, "max_tokens": 100}))
     await until(lambda: engine.model.running == 1)
     await engine.stop(grace_s=10.0)
     assert (await answer)[2]["choices"][0]["finish_reason"] == "length"
@@ -413,11 +420,10 @@ async def test_metrics_tell_what_happened(engine: SimEngine) -> None:
 async def test_running_and_waiting_are_shown_while_they_last() -> None:
     engine = SimEngine(model_name="tiny", speed=0.05)
     await engine.start()
-    _, writer = await open_stream(engine, {**CHAT, "max_tokens": 500, "n": 300})
-    await until(lambda: engine.model.running > 0)
-    page = samples((await get(engine, "/metrics"))[2])
+    async with open_stream(engine, {**CHAT, "max_tokens": 500, "n": 300}):
+        await until(lambda: engine.model.running > 0)
+        page = samples((await get(engine, "/metrics"))[2])
     labels = "[('engine', '0'), ('model_name', 'tiny')]"
     assert (page["vllm:num_requests_running" + labels], page["vllm:num_requests_waiting" + labels]) == (256, 44)
     assert 0 < page["vllm:kv_cache_usage_perc" + labels] < 1
-    writer.close()
     await engine.stop()

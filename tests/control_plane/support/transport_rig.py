@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any
 
 import uvloop
 
 from control_plane.errors import InstanceFailed
-from control_plane.transport import Exchange, HttpServer, ServerLimits
+from control_plane.transport import Exchange, HttpClient, HttpServer, ServerLimits
 
 LOOPS: dict[str, Callable[[], asyncio.AbstractEventLoop]] = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+CLOSE = b"Connection: close\r\n"
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -21,6 +26,15 @@ def run(loop: str, scenario: Coroutine[Any, Any, None]) -> None:
     """Run one scenario to its end on the named kind of loop."""
     with asyncio.Runner(loop_factory=LOOPS[loop]) as runner:
         runner.run(asyncio.wait_for(scenario, 20))
+
+
+def posted(*lines: bytes, body: bytes = b"abc", version: bytes = b"1.1", target: bytes = b"/") -> bytes:
+    return b"POST %b HTTP/%b\r\nHost: a\r\n%b\r\n%b" % (target, version, b"".join(line + b"\r\n" for line in lines), body)
+
+
+def statuses(answer: bytes) -> list[int]:
+    """The status codes of the answers in a byte stream."""
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", answer)]
 
 
 async def until(condition: Callable[[], object], timeout_s: float = 5.0) -> None:
@@ -160,3 +174,35 @@ class Answer:
     async def wait(self, timeout_s: float = 5.0) -> Answer:
         await asyncio.wait_for(self.over.wait(), timeout_s)
         return self
+
+
+@contextlib.asynccontextmanager
+async def client_of(url: str, **options: Any) -> AsyncIterator[HttpClient]:
+    client = HttpClient(url, **options)
+    try:
+        yield client
+    finally:
+        await client.close()
+        assert (client.idle, client.active) == (0, 0)
+
+
+def post(client: HttpClient, path: str = "/x", body: bytes = b"{}", **options: Any) -> Answer:
+    answer = Answer()
+    answer.call = client.send("POST", path, (), body, answer, **options)  # type: ignore[attr-defined]
+    return answer
+
+
+def saying(answer: bytes, *, then_close: bool = True, requests: list[bytes] | None = None) -> Script:
+    """Answer every request with the same bytes."""
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while True:
+            request = await read_request(reader)
+            if requests is not None:
+                requests.append(request)
+            writer.write(answer)
+            await writer.drain()
+            if then_close:
+                return
+
+    return script

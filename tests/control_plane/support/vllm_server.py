@@ -19,7 +19,8 @@ from control_plane import ExecutionInstance
 
 SERVE = Path(__file__).parents[3] / "scripts" / "real_vllm" / "serve.sh"
 MODEL = "tiny"
-GENERATING = ("--enable-prompt-tokens-details", "--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+#: few sequences at once, so that a small load already makes requests wait inside the engine
+GENERATING = ("--enable-prompt-tokens-details", "--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--max-num-seqs", "8")
 EMBEDDING = ("--runner", "pooling", "--convert", "embed")
 #: a cold start on a busy machine; a warm one takes 15 to 30 s
 START_LIMIT_S = 240.0
@@ -105,7 +106,11 @@ class VllmServer:
             os.killpg(self._process.pid, number)
 
     def log_tail(self, lines: int = 40) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:]) if self.log.exists() else "(no log)"
+        """The last lines of its output, without the requests that it logs."""
+        if not self.log.exists():
+            return "(no log)"
+        said = [line for line in self.log.read_text(errors="replace").splitlines() if not line.startswith("INFO:     127.0.0.1:")]
+        return "\n".join(said[-lines:])
 
     # ---- questions
 
@@ -151,9 +156,14 @@ async def eventually(true: Callable[[], object], seconds: float = 20.0) -> None:
         await asyncio.sleep(0.05)
 
 
+async def working(count: int, *servers: VllmServer, seconds: float = 10.0) -> None:
+    """Wait until the engines themselves say that they work on ``count`` requests in all; fails after ``seconds``."""
+    limit_s = time.monotonic() + seconds
+    while (now := [await asyncio.to_thread(one.running) for one in servers]) and sum(now) != count:
+        assert time.monotonic() < limit_s, f"the engines work on {now}, not on {count} requests"
+        await asyncio.sleep(0.05)
+
+
 async def idle(*servers: VllmServer, seconds: float = 10.0) -> None:
     """Wait until the engines work on nothing; fails after ``seconds``."""
-    limit_s = time.monotonic() + seconds
-    while busy := {one.label: count for one in servers if (count := await asyncio.to_thread(one.running))}:
-        assert time.monotonic() < limit_s, f"still running: {busy}"
-        await asyncio.sleep(0.1)
+    await working(0, *servers, seconds=seconds)
