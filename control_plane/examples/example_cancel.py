@@ -40,9 +40,8 @@ async def main() -> None:
                 break
         await stream.aclose()  # type: ignore[attr-defined]
         await asyncio.sleep(0.2)
-        print(
-            f"a stream left after {pieces} pieces: {(await manager.get_request_status('left early')).state}, engine at {engine.open_requests}"
-        )
+        status = await manager.get_request_status("left early")
+        print(f"a stream left after {pieces} pieces: {status.state}, engine at {engine.open_requests}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from control_plane.sim_engine.choices import Choice
 from control_plane.sim_engine.errors import ApiError, PlainError, too_long, unknown_model
 from control_plane.sim_engine.fields import Body
 from control_plane.sim_engine.metrics import EngineMetrics
-from control_plane.sim_engine.params import Options, sampling
+from control_plane.sim_engine.params import Options, check_sequences, sampling
 from control_plane.sim_engine.prompts import Prompts
 from control_plane.sim_engine.pump import Pump
 from control_plane.sim_engine.replies import Reply
@@ -286,7 +286,8 @@ class SimEngine:
         return sampling(body, max_tokens=max_tokens, room=room, context=self.context, tokenizer=self.tokenizer, forced=forced)
 
     def choices(self, reply: Reply, prompts: Sequence[Sequence[int]], wanted: Sampling, options: Options) -> list[Choice]:
-        """The sequences of a request: ``n`` for each prompt."""
+        """The sequences of a request: ``n`` for each prompt. Raises ApiError when they are too many."""
+        check_sequences(options.n * len(prompts))
         salt = xxhash.xxh3_64_intdigest(options.salt.encode()) if options.salt else 0
         made: list[Choice] = []
         for prompt in prompts:

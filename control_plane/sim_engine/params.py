@@ -13,8 +13,9 @@ from control_plane.sim_engine.tokens import VOCABULARY_SIZE, Tokenizer
 from control_plane.sim_engine.words import Sampling
 
 MAX_LOGPROBS: Final = 20
-#: choices a prompt; prompts a request
-MAX_SEQUENCES: Final = 16_384
+#: sequences of one request, over all its prompts (vLLM: 16,384 a prompt); their texts are made when it arrives, in one go
+MAX_SEQUENCES: Final = 1024
+#: prompts a request, as in vLLM
 MAX_PROMPTS: Final = 1024
 DEFAULT_COMPLETION_TOKENS: Final = 16
 _FORMATS: Final = "'text', 'json_object' or 'json_schema'"
@@ -67,13 +68,16 @@ def _count(body: Body) -> int:
     n = 1 if n is None else n
     if n < 1:
         raise invalid(f"n must be at least 1, got {n}.")
-    if n > MAX_SEQUENCES:
-        raise invalid(
-            f"n must be at most {MAX_SEQUENCES}, got {n}. To increase this limit, set the VLLM_MAX_N_SEQUENCES environment variable."
-        )
+    check_sequences(n)
     if n > 1 and body.get("temperature") == 0 and not body.get("use_beam_search"):
         raise invalid(f"n must be 1 when using greedy sampling, got {n}.")
     return int(n)
+
+
+def check_sequences(count: int) -> None:
+    """Raises ApiError when one request asks for more sequences than the simulated engine takes."""
+    if count > MAX_SEQUENCES:
+        raise invalid(f"n must be at most {MAX_SEQUENCES}, got {count}.")
 
 
 def check_sampling(body: Body) -> None:

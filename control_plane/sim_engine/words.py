@@ -19,6 +19,8 @@ _B: Final = 0xD6E8FEB86659FD93
 _WINDOW: Final = 64
 _DROP: Final = pow(_A, _WINDOW, 1 << 64)
 MEAN_OUTPUT_TOKENS: Final = 200
+#: no answer ends by itself before this many: an empty one would look like a fault
+SHORTEST_OUTPUT_TOKENS: Final = 8
 _END_BELOW: Final = 0x10000 // MEAN_OUTPUT_TOKENS
 #: tokens made at a time where the length is known beforehand
 _BATCH: Final = 64
@@ -127,7 +129,8 @@ class Speaker:
         while len(ids) < sampling.max_tokens:
             token, ends = next(tokens)
             past_minimum = len(ids) >= sampling.min_tokens
-            if ends and past_minimum and not sampling.ignore_eos:
+            long_enough = past_minimum and (sampling.forced or len(ids) >= SHORTEST_OUTPUT_TOKENS)
+            if ends and long_enough and not sampling.ignore_eos:
                 ids.append(EOS)
                 self._stop(generation, None)
                 return

@@ -129,7 +129,14 @@ class TestSubmitting:
     async def test_extra_body_carries_any_engine_field_and_wins(self, make: Make) -> None:
         world = make("a")
         await world.manager.start()
-        extra = {"stop": ["\n"], "seed": 7, "response_format": {"type": "json_object"}, "max_tokens": 3, "stream": True, "stream_options": {}}
+        extra = {
+            "stop": ["\n"],
+            "seed": 7,
+            "response_format": {"type": "json_object"},
+            "max_tokens": 3,
+            "stream": True,
+            "stream_options": {},
+        }
         await world.submit("r", temperature=0.5, top_p=0.9, extra_body=extra)
         call = world.open[0]
         body = sent(call)
@@ -149,7 +156,9 @@ class TestSubmitting:
             await world.manager.start()
         assert len(world.manager.pending_queue) == 0
 
-    @pytest.mark.parametrize("prompt", ["héllo 用简单的语言 🚀", "\x00\x01 \" \\ \n", "x" * 2_000_000, list(range(100_000))], ids=str.__class__)
+    @pytest.mark.parametrize(
+        "prompt", ["héllo 用简单的语言 🚀", '\x00\x01 " \\ \n', "x" * 2_000_000, list(range(100_000))], ids=str.__class__
+    )
     async def test_any_text_arrives_as_it_was(self, make: Make, prompt: str | list[int]) -> None:
         world = make("a")
         await world.manager.start()
@@ -204,7 +213,7 @@ class TestModels:
 
     async def test_an_unknown_model_lists_those_there_are_and_one_that_is_down_waits(self, make: Make) -> None:
         world = make("a", no_instance_timeout_s=0.3)
-        world.add("b", model_name="down", health_status="unhealthy")
+        world.add("b", model_name="down", is_available=False)
         await world.manager.start()
         with pytest.raises(ModelNotFound, match="down, m"):
             await world.submit("r", model_name="nobody")

@@ -104,7 +104,7 @@ def test_integration_block_returns_a_completed_status(ports: list[int], capsys: 
 def test_service_block_prints_an_answer(ports: list[int], capsys: pytest.CaptureFixture[str]) -> None:
     run_block(BLOCKS[2], ports)
     printed = capsys.readouterr().out
-    assert re.search(r"^Output: \S", printed, re.MULTILINE)
+    assert re.search(r"^Output: +\S", printed, re.MULTILINE)
 
 
 @pytest.mark.parametrize("code", BLOCKS[3:], ids=[block_name(code) for code in BLOCKS[3:]])

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from control_plane.sim_engine import SimEngine
-from control_plane.transport import HttpClient
+from control_plane.transport import ClientLimits, HttpClient
 
 JSON = ((b"content-type", b"application/json"),)
 HELLO = [{"role": "user", "content": "Hello, who are you?"}]
@@ -54,7 +54,7 @@ async def embedder() -> AsyncIterator[SimEngine]:
 
 
 async def call(engine: SimEngine, path: str, body: Any = None, *, method: str = "POST", headers: Any = JSON) -> tuple[int, Any]:
-    client = HttpClient(engine.url)
+    client = HttpClient(engine.url, limits=ClientLimits(connect_timeout_s=20.0))
     raw = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
     try:
         status, _, content = await client.fetch(method, path, headers=headers, body=raw, timeout_s=20)
@@ -142,6 +142,7 @@ REFUSALS: list[tuple[str, Any, int, str, str | None, str]] = [
         "Requested sample logprobs of 50, which is greater than max allowed: 20 (parameter=logprobs, value=50)",
     ),
     ("/v1/responses/resp_x/cancel", None, 404, "invalid_request_error", "response_id", "Response with id 'resp_x' not found."),
+    ("/v1/completions", {**TEXT, "temperature": 1, "prompt": ["a"] * 300, "n": 4}, 400, BAD, None, "n must be at most 1024, got 1200."),
     (
         *("/v1/responses", {**RESPONSE, "previous_response_id": "resp_x"}, 404, "invalid_request_error", "response_id"),
         "Response with id 'resp_x' not found.",
@@ -153,7 +154,7 @@ REFUSALS: list[tuple[str, Any, int, str, str | None, str]] = [
 async def test_refusals_read_as_vllms(
     engine: SimEngine, path: str, body: Any, status: int, kind: str, param: str | None, message: str
 ) -> None:
-    """The messages were recorded from vLLM 0.32.0."""
+    """The messages were recorded from vLLM 0.32.0 (that of the bound on sequences is like vLLM's, with another number)."""
     expected = {"error": {"message": message, "type": kind, "param": param, "code": status}}
     assert await call(engine, path, body) == (status, expected)
 

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from control_plane.errors import ConfigurationError, InstanceFailed, InvalidRequest
 from control_plane.sim_engine import SimEngine
-from control_plane.transport import HttpClient
+from control_plane.transport import ClientLimits, HttpClient
 
 JSON = ((b"content-type", b"application/json"),)
 HELLO = [{"role": "user", "content": "Hello, who are you?"}]
@@ -30,7 +30,7 @@ async def engine() -> AsyncIterator[SimEngine]:
 
 
 async def post(engine: SimEngine, path: str, body: Any, headers: Any = JSON) -> tuple[int, dict[bytes, bytes], Any]:
-    client = HttpClient(engine.url)
+    client = HttpClient(engine.url, limits=ClientLimits(connect_timeout_s=20.0))
     try:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         status, found, content = await client.fetch("POST", path, headers=headers, body=raw, timeout_s=20)
@@ -41,7 +41,7 @@ async def post(engine: SimEngine, path: str, body: Any, headers: Any = JSON) -> 
 
 
 async def get(engine: SimEngine, path: str) -> tuple[int, dict[bytes, bytes], bytes]:
-    client = HttpClient(engine.url)
+    client = HttpClient(engine.url, limits=ClientLimits(connect_timeout_s=20.0))
     try:
         status, headers, content = await client.fetch("GET", path)
     finally:

@@ -7,7 +7,7 @@ import re
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from control_plane.sim_engine.errors import ApiError
@@ -31,6 +31,7 @@ def say(prompt: str, index: int = 0, **sampling: object) -> Generation:
 # ---------------------------------------------------------------------------------------------------------------- tokens
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_text_comes_back_from_its_tokens(text: str) -> None:
     tokens = TOKENIZER.encode(text)
@@ -39,6 +40,7 @@ def test_text_comes_back_from_its_tokens(text: str) -> None:
     assert b"".join(TOKENIZER.json_pieces[token] for token in tokens).decode() == msgspec.json.encode(text)[1:-1].decode()
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab Z9\n é", min_size=1, max_size=40), st.text(alphabet="ab Z9\n é", max_size=10))
 def test_text_that_is_continued_keeps_its_tokens_but_the_last(text: str, more: str) -> None:
     tokens = TOKENIZER.encode(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 
 from control_plane.errors import InstanceFailed
@@ -42,6 +43,12 @@ class ScriptedCall:
         self.sink.tokens(1, 1.0, 1.0)
         self.sink.chunk(data)
 
+    def finish_stream(self, tokens: int = 2) -> None:
+        """The end of a stream that was begun."""
+        self.ended = True
+        self.sink.chunk(b"data: [DONE]\n\n")
+        self.sink.finished(EngineOutcome(Usage(1, tokens, exact=True)))
+
     def fail(self, error: InstanceFailed) -> None:
         self.ended = True
         self.sink.failed(error)
@@ -54,6 +61,8 @@ class ScriptedEngine:
         self.instance = instance
         self.on_start = on_start
         self.calls: list[ScriptedCall] = []
+        #: names that its server tells; None: that of its instance
+        self.models: list[str] | None = None
 
     def start(self, leg: Leg, wire: WireRequest, sink: Sink, request: RequestMetadata) -> Call:
         call = ScriptedCall(self, wire, sink, request)
@@ -68,7 +77,8 @@ class ScriptedEngine:
 
     async def get(self, path: str, timeout_s: float) -> tuple[int, bytes]:
         if path == "/v1/models":
-            return 200, b'{"object":"list","data":[{"id":"%s","object":"model"}]}' % self.instance.model_name.encode()
+            names = self.models if self.models is not None else [self.instance.model_name]
+            return 200, json.dumps({"object": "list", "data": [{"id": name, "object": "model"} for name in names if name]}).encode()
         return 200, b""
 
     async def close(self) -> None: ...
