@@ -184,9 +184,11 @@ class RequestLifecycle:
 
     def _admit(self, job: Job) -> None:
         """Judge a request against fleet and policy: budget, deadline, its key. Builds the wire request where that is still open."""
-        request = job.request
+        request, lane = job.request, job.lane
+        if not self._fleet.takes(lane.model, lane.kind) and self._fleet.knows(lane.model):
+            raise InvalidRequest(f"`{lane.model}` is served here, but no instance of it takes {lane.kind} requests", param="model")
         if request.model_name is None:
-            job.fill_in("model_name", job.lane.model)
+            job.fill_in("model_name", lane.model)
         self._estimate_input(job)
         if request.cost_budget is not None or request.when_late == "reject":
             admit(request, self._fleet.eligible(job.lane), self._fleet, self._queue_wait_ms(job))

@@ -163,6 +163,10 @@ class Fleet:
         """Some registered instance serves this name, or is configured to, whether it is up or not."""
         return bool(self._index.serving(model))
 
+    def takes(self, model: str, kind: RequestKind) -> bool:
+        """Some instance of the model, up or not, can do this kind, or has not told yet what it can do."""
+        return any(instance.can_do(kind) for instance in self._index.serving(model))
+
     def models(self) -> dict[str, list[ExecutionInstance]]:
         """Every name served or configured, with its instances."""
         return self._index.models()

@@ -72,7 +72,7 @@ def usable(instances: list[ExecutionInstance], kind: RequestKind) -> list[Execut
         and (
             kind in supported
             if (supported := instance.supported_request_types) is not None
-            else instance.instance_type is not embedding or instance.can_do(kind)
+            else instance.instance_type != embedding or instance.can_do(kind)
         )
     ]
 

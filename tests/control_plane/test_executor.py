@@ -105,7 +105,7 @@ async def test_errors_name_what_went_wrong(executor: ExecutionCoordinator, engin
     with pytest.raises(InvalidRequest, match="one of prompt, messages"):
         await executor.execute_request(RequestMetadata(prompt="x", input="y"), instance, HERE)
     gone = ExecutionInstance(instance_id="gone", host="127.0.0.1", port=1, model_name=MODEL)
-    with pytest.raises(InstanceFailed, match="127.0.0.1:1"):
+    with pytest.raises(InstanceFailed, match=r"127\.0\.0\.1:1"):
         await executor.execute_request(RequestMetadata(prompt="x"), gone, SchedulingDecision("gone", ""))
 
 

@@ -68,7 +68,7 @@ async def test_what_is_refused_names_the_field_and_leaves_nothing(make: Make) ->
     with pytest.raises(ConfigurationError, match="enable_auto_scaling"):
         ControlPlaneManager(enable_auto_scaling=True)
     for wrong in ({"scheduling_policy": "fifi"}, {"routing_strategy": "robin"}):
-        with pytest.raises(InvalidRequest, match="fifo|round_robin"):
+        with pytest.raises(InvalidRequest, match=r"fifo|round_robin"):
             ControlPlaneManager(**wrong)
 
 
@@ -336,3 +336,15 @@ async def test_duplicate_ids_are_refused_while_live_and_while_remembered(make: M
             world.open[0].answer()
     generated = await world.manager.submit_request(RequestMetadata(prompt="x"))
     assert generated
+
+
+async def test_a_kind_that_no_instance_of_the_model_can_do_is_refused_at_once(make: Make) -> None:
+    world = make("a")
+    instance = world.manager.get_instances()[0]
+    instance.supported_request_types = {"chat", "completion"}
+    await world.manager.start()
+    with pytest.raises(InvalidRequest, match="no instance of it takes embedding requests"):
+        await world.manager.submit_request(RequestMetadata(input="x"))
+    instance.supported_request_types = None
+    await world.manager.submit_request(RequestMetadata(request_id="perhaps", input="x"))
+    assert [call.request.request_id for call in world.open] == ["perhaps"]

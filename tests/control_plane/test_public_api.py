@@ -42,24 +42,95 @@ from control_plane import (
     errors,
 )
 
-EXPORTED = """
-AdaptivePolicy BudgetExhausted ConfigurationError ControlPlaneError ControlPlaneManager CostOptimizedPolicy DataParallelStrategy
-DeadlineUnreachable DecodingConfig Draining EngineError ExecutionCoordinator ExecutionInstance ExecutionInstanceType
-ExpertParallelStrategy FIFOPolicy HybridParallelStrategy InstanceFailed InstanceNotFound InvalidRequest Leg LoadBalancer ModelDoesNotFit
-ModelNotFound NoInstanceAvailable PDMetrics PDRoutingStrategy PDSeparationConfig ParallelismConfig ParallelismOptimizer
-ParallelismStrategy ParallelismType PerformanceMetrics PipelineParallelStrategy Plan PrefillingConfig PriorityPolicy QueueFull
-RequestCancelled RequestKind RequestMetadata RequestNotFound RequestPriority RequestRouter RequestStatus RequestStatusInfo RequestTimeout
-RoutingStrategy SLOAwarePolicy SchedulingDecision SchedulingPolicy TensorParallelStrategy
-""".split()
+EXPORTED = [
+    "AdaptivePolicy",
+    "BudgetExhausted",
+    "ConfigurationError",
+    "ControlPlaneError",
+    "ControlPlaneManager",
+    "CostOptimizedPolicy",
+    "DataParallelStrategy",
+    "DeadlineUnreachable",
+    "DecodingConfig",
+    "Draining",
+    "EngineError",
+    "ExecutionCoordinator",
+    "ExecutionInstance",
+    "ExecutionInstanceType",
+    "ExpertParallelStrategy",
+    "FIFOPolicy",
+    "HybridParallelStrategy",
+    "InstanceFailed",
+    "InstanceNotFound",
+    "InvalidRequest",
+    "Leg",
+    "LoadBalancer",
+    "ModelDoesNotFit",
+    "ModelNotFound",
+    "NoInstanceAvailable",
+    "PDMetrics",
+    "PDRoutingStrategy",
+    "PDSeparationConfig",
+    "ParallelismConfig",
+    "ParallelismOptimizer",
+    "ParallelismStrategy",
+    "ParallelismType",
+    "PerformanceMetrics",
+    "PipelineParallelStrategy",
+    "Plan",
+    "PrefillingConfig",
+    "PriorityPolicy",
+    "QueueFull",
+    "RequestCancelled",
+    "RequestKind",
+    "RequestMetadata",
+    "RequestNotFound",
+    "RequestPriority",
+    "RequestRouter",
+    "RequestStatus",
+    "RequestStatusInfo",
+    "RequestTimeout",
+    "RoutingStrategy",
+    "SLOAwarePolicy",
+    "SchedulingDecision",
+    "SchedulingPolicy",
+    "TensorParallelStrategy",
+]
 
 #: the names that users of the seed and of the earlier implementations import
-SEED_NAMES = """
-ControlPlaneManager ExecutionCoordinator RequestRouter LoadBalancer PDRoutingStrategy RequestMetadata RequestPriority RequestStatus
-ExecutionInstance ExecutionInstanceType SchedulingDecision PerformanceMetrics PDMetrics PDSeparationConfig PrefillingConfig DecodingConfig
-SchedulingPolicy FIFOPolicy PriorityPolicy SLOAwarePolicy CostOptimizedPolicy AdaptivePolicy ParallelismType ParallelismConfig
-ParallelismOptimizer ParallelismStrategy TensorParallelStrategy PipelineParallelStrategy DataParallelStrategy ExpertParallelStrategy
-HybridParallelStrategy
-""".split()
+SEED_NAMES = [
+    "ControlPlaneManager",
+    "ExecutionCoordinator",
+    "RequestRouter",
+    "LoadBalancer",
+    "PDRoutingStrategy",
+    "RequestMetadata",
+    "RequestPriority",
+    "RequestStatus",
+    "ExecutionInstance",
+    "ExecutionInstanceType",
+    "SchedulingDecision",
+    "PerformanceMetrics",
+    "PDMetrics",
+    "PDSeparationConfig",
+    "PrefillingConfig",
+    "DecodingConfig",
+    "SchedulingPolicy",
+    "FIFOPolicy",
+    "PriorityPolicy",
+    "SLOAwarePolicy",
+    "CostOptimizedPolicy",
+    "AdaptivePolicy",
+    "ParallelismType",
+    "ParallelismConfig",
+    "ParallelismOptimizer",
+    "ParallelismStrategy",
+    "TensorParallelStrategy",
+    "PipelineParallelStrategy",
+    "DataParallelStrategy",
+    "ExpertParallelStrategy",
+    "HybridParallelStrategy",
+]
 
 
 def test_what_the_package_exports() -> None:
@@ -167,10 +238,10 @@ def test_what_a_status_tells() -> None:
 
 
 MEMBERS = {
-    RequestStatus: "pending queued scheduled running completed failed cancelled".split(),
-    ExecutionInstanceType: "general prefilling decoding hybrid embedding llm_embedding".split(),
+    RequestStatus: ["pending", "queued", "scheduled", "running", "completed", "failed", "cancelled"],
+    ExecutionInstanceType: ["general", "prefilling", "decoding", "hybrid", "embedding", "llm_embedding"],
     RequestPriority: [0, 1, 2, 3, 4],
-    ParallelismType: "tp pp dp ep hybrid".split(),
+    ParallelismType: ["tp", "pp", "dp", "ep", "hybrid"],
 }
 
 
@@ -305,12 +376,12 @@ def test_classes_stand_alone_without_a_loop() -> None:
     assert all(isinstance(policy, SchedulingPolicy) for policy in made[6:11])
 
 
-@pytest.mark.parametrize("name", "fifo priority slo_aware cost_optimized adaptive".split())
+@pytest.mark.parametrize("name", ["fifo", "priority", "slo_aware", "cost_optimized", "adaptive"])
 def test_policies_by_name(name: str) -> None:
     assert ControlPlaneManager(scheduling_policy=name).scheduling_policy.name == name
 
 
-@pytest.mark.parametrize("name", "load_balanced round_robin random power_of_two least_response_time affinity locality".split())
+@pytest.mark.parametrize("name", ["load_balanced", "round_robin", "random", "power_of_two", "least_response_time", "affinity", "locality"])
 def test_routers_by_name(name: str) -> None:
     manager = ControlPlaneManager(routing_strategy=name)
     assert manager.router.strategy == manager.get_status()["routing_strategy"] == name

@@ -26,10 +26,10 @@ def answers() -> Iterator[dict[str, Answer]]:
     for kind, cases in (("generate", CASES), ("embedding", EMBEDDING_CASES)):
         with threaded_engines(1, model_name=MODEL, max_model_len=CONTEXT_TOKENS, kind=kind, speed=50.0) as ports:
             found |= send_all(f"http://127.0.0.1:{ports[0]}", cases)
-    yield found
+    return found
 
 
-@pytest.mark.parametrize("case", (*CASES, *EMBEDDING_CASES), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *EMBEDDING_CASES], ids=lambda case: case.name)
 def test_the_simulated_engine_answers_as_vllm_did(case: Case, answers: dict[str, Answer]) -> None:
     real: Any = RECORDED["cases"][case.name]
     assert unexpected(case, real, observe(case, answers[case.name])) == []

@@ -75,7 +75,9 @@ def test_openai_stream_is_the_unary_answer_in_pieces(client: openai.OpenAI) -> N
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
     assert all(chunk.usage is None for chunk in chunks), "usage that the gateway asked for itself reached the client"
     options: Any = {"include_usage": True}
-    with client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=12, stream=True, stream_options=options, **GREEDY) as stream:
+    with client.chat.completions.create(
+        model=MODEL, messages=HELLO, max_tokens=12, stream=True, stream_options=options, **GREEDY
+    ) as stream:
         last = list(stream)[-1]
     assert last.choices == []
     assert last.usage is not None

@@ -46,7 +46,7 @@ def simulated() -> Iterator[Answers]:
     for kind, cases in (("generate", CASES), ("embedding", EMBEDDING_CASES)):
         with threaded_engines(1, model_name=MODEL, max_model_len=CONTEXT_TOKENS, kind=kind, speed=20.0) as ports:
             found |= send_all(f"http://127.0.0.1:{ports[0]}", cases)
-    yield found
+    return found
 
 
 @pytest.fixture(scope="module")

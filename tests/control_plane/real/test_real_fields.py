@@ -106,9 +106,7 @@ async def tap(server: VllmServer) -> AsyncIterator[ByteTap]:
         yield tap
 
 
-async def test_a_body_arrives_byte_for_byte(
-    tap: ByteTap, server: VllmServer, make_manager: MakeManager, make_gateway: MakeGateway
-) -> None:
+async def test_a_body_arrives_byte_for_byte(tap: ByteTap, server: VllmServer, make_manager: MakeManager, make_gateway: MakeGateway) -> None:
     """Odd spacing, escapes, numbers and unknown members: what the engine reads is what the client wrote."""
     gateway = await make_gateway(await make_manager(instance_of(server, url=tap.url)))
     body = (

@@ -42,7 +42,12 @@ async def test_the_seed_flow(servers: Pair) -> None:
     await manager.start()
     try:
         request = RequestMetadata(
-            request_id="req-1", prompt="Once upon a time", max_tokens=16, priority=RequestPriority.HIGH, slo_deadline_ms=30_000, model_name=MODEL
+            request_id="req-1",
+            prompt="Once upon a time",
+            max_tokens=16,
+            priority=RequestPriority.HIGH,
+            slo_deadline_ms=30_000,
+            model_name=MODEL,
         )
         request_id = await manager.submit_request(request)
         assert request_id == "req-1"

@@ -60,7 +60,7 @@ async def tapped(url: str) -> AsyncIterator[ByteTap]:
     """A tap in front of the server at ``url``."""
     tap = ByteTap(url)
     server = await asyncio.start_server(tap.serve, "127.0.0.1", 0)
-    tap.url = "http://127.0.0.1:{}".format(server.sockets[0].getsockname()[1])
+    tap.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     try:
         yield tap
     finally:
