@@ -235,8 +235,8 @@ class RequestLifecycle:
 
     @property
     def waiting(self) -> int:
-        """Requests that are accepted and on no engine."""
-        return len(self.queue)
+        """Requests that are accepted and on no engine: in the queue, or being placed by a policy or router of the user's own."""
+        return self.records.live_count - len(self._attempts)
 
     # ---- start and stop
 

@@ -390,6 +390,14 @@ def test_the_python_in_the_readme_runs(ports: list[int], capsys: pytest.CaptureF
 # ---- the rest
 
 
+def test_every_room_is_in_the_architecture() -> None:
+    rooms = section_of(text_of("ARCHITECTURE.md"), "## Rooms")
+    package = Path(control_plane.__file__).parent
+    names = [path.name for path in package.glob("*.py") if path.name != "__init__.py"]
+    names += [f"{path.parent.name}/" for path in package.glob("*/__init__.py")]
+    assert [name for name in names if f"`{name}`" not in rooms] == []
+
+
 def test_the_changelog_has_the_version() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
     assert control_plane.__version__ == version

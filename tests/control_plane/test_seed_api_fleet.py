@@ -202,7 +202,6 @@ class TestInstances:
             ({"is_available": False}, {"is_available": True}),
             ({"max_concurrent_requests": 1, "active_requests": 1}, {"max_concurrent_requests": 3}),
             ({"model_name": "another"}, {"model_name": MODEL}),
-            ({"supported_request_types": {"embedding"}}, {"supported_request_types": {"chat", "completion"}}),
         ],
         ids=str,
     )
@@ -294,3 +293,8 @@ class TestInstances:
         assert {call.wire.path for call in world.open_on("chat")} == {"/v1/chat/completions"}
         assert {call.wire.path for name in ("embed", "both") for call in world.open_on(name)} == {"/v1/embeddings"}
         assert len(world.open) == 8
+        with pytest.raises(InvalidRequest, match="HTTP gateway"):
+            await world.submit("r", kind="rerank")
+        world.manager.get_instances()[0].supported_request_types = {"completion"}
+        with pytest.raises(InvalidRequest, match="no instance of it takes chat"):
+            await world.submit("c", messages=[{"role": "user", "content": "x"}])

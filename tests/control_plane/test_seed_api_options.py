@@ -193,6 +193,13 @@ class TestMetrics:
         rest = set(metrics.__slots__) - {"gpu_utilization", "timestamp", "slo_compliance_rate"}
         assert {name: getattr(metrics, name) for name in rest} == dict.fromkeys(rest, 0)
 
+    async def test_what_owners_measure_is_shown(self, make: Make) -> None:
+        world = make("ab")
+        first, second = world.manager.get_instances()
+        first.gpu_utilization, first.gpu_memory_gb, second.gpu_memory_gb, second.tensor_parallel_size = 0.5, 80.0, 40.0, 2
+        metrics = world.manager.get_metrics()
+        assert (metrics.gpu_utilization, metrics.avg_gpu_utilization, metrics.total_gpu_memory_gb) == (0.5, 0.5, 160.0)
+
     async def test_counts_since_start_and_rates_over_the_window_or_the_uptime(self, make: Make) -> None:
         clock = ManualClock(now_s=100.0)
         world = make("a", clock=clock, metrics_window_s=60.0)

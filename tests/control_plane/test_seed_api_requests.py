@@ -390,85 +390,14 @@ class TestStatus:
         assert (await world.status("r")).output == "ok"
 
 
-class TestEnds:
-    """What its caller did not cancel ends as completed or failed and nowhere else."""
-
-    async def test_by_stop_wherever_it_is(self, make: Make) -> None:
-        world = make("a", drain_timeout_s=0.05)
-        world.manager.get_instances()[0].max_concurrent_requests = 1
-        await world.manager.start()
-        await world.submit("on the engine")
-        await world.submit("in the queue")
-        await world.manager.stop()
-        for name in ("on the engine", "in the queue"):
-            status = await world.status(name)
-            assert (status.state, status.error.code) == ("failed", "draining")  # type: ignore[union-attr]
-        assert world.engines["a"].calls[0].cancelled
-
-    async def test_by_stop_without_a_start(self, make: Make) -> None:
-        world = make("a")
-        await world.submit("r")
-        await world.manager.stop()
-        assert await world.state("r") == "failed"
-        assert len(world.manager.pending_queue) == 0
-
-    async def test_by_a_stop_whose_caller_gives_up(self, make: Make) -> None:
-        world = make("a")
-        await world.manager.start()
-        await world.submit("endless")
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(world.manager.stop(), 0.05)
-        assert await world.state("endless") == "failed"
-        assert not world.manager.is_running
-        await world.manager.start()
-        await world.submit("again")
-        world.open[-1].answer()
-        assert await world.state("again") == "completed"
-
-    async def test_cancelled_by_its_caller_in_every_state(self, make: Make) -> None:
-        world = make("a")
-        world.manager.get_instances()[0].max_concurrent_requests = 1
-        await world.submit("early")
-        assert await world.manager.cancel_request("early") is True
-        await world.manager.start()
-        await world.submit("scheduled")
-        await world.submit("queued")
-        for name in ("queued", "scheduled"):
-            assert await world.manager.cancel_request(name) is True
-            assert await world.manager.cancel_request(name) is False
-        await world.submit("running")
-        world.open[0].begin()
-        assert await world.state("running") == "running"
-        assert await world.manager.cancel_request("running") is True
-        await world.submit("done")
-        world.open[0].answer()
-        assert await world.manager.cancel_request("done") is False
-        for name in ("early", "queued", "scheduled", "running"):
-            status = await world.status(name)
-            assert (status.state, status.error.code) == ("cancelled", "cancelled")  # type: ignore[union-attr]
-        assert await world.state("done") == "completed"
-        assert world.manager.get_metrics().cancelled_requests == 4
-        assert world.manager.get_instances()[0].active_requests == 0
-
-    async def test_every_waiter_hears_the_end(self, make: Make) -> None:
-        world = make("a")
-        await world.manager.start()
-        await world.submit("r")
-        waiters = [asyncio.ensure_future(world.manager.result("r")) for _ in range(3)]
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(world.manager.result("r"), 0.01)
-        world.open[0].answer()
-        assert [status.output for status in await asyncio.gather(*waiters)] == ["ok"] * 3
-        assert (await world.manager.result("r")).output == "ok"
-
-    @pytest.mark.parametrize("priority", ["high", "HIGH", 1, RequestPriority.HIGH])
-    async def test_priorities_by_name_number_or_member(self, make: Make, priority: object) -> None:
-        world = make("a")
-        request = RequestMetadata(request_id="r", prompt="x", priority=priority)  # type: ignore[arg-type]
-        assert request.priority is RequestPriority.HIGH
-        later = RequestMetadata(request_id="later", prompt="x")
-        later.priority = priority  # type: ignore[assignment]
-        await world.manager.submit_request(later)
-        assert later.priority is RequestPriority.HIGH
-        with pytest.raises(InvalidRequest, match="background"):
-            RequestMetadata(priority="urgent")  # type: ignore[arg-type]
+@pytest.mark.parametrize("priority", ["high", "HIGH", 1, RequestPriority.HIGH])
+async def test_priorities_by_name_number_or_member(make: Make, priority: object) -> None:
+    world = make("a")
+    request = RequestMetadata(request_id="r", prompt="x", priority=priority)  # type: ignore[arg-type]
+    assert request.priority is RequestPriority.HIGH
+    later = RequestMetadata(request_id="later", prompt="x")
+    later.priority = priority  # type: ignore[assignment]
+    await world.manager.submit_request(later)
+    assert later.priority is RequestPriority.HIGH
+    with pytest.raises(InvalidRequest, match="background"):
+        RequestMetadata(priority="urgent")  # type: ignore[arg-type]
