@@ -9,7 +9,7 @@ import asyncio
 
 import msgspec
 
-from control_plane import ControlPlaneManager, ExecutionInstance, NoInstanceAvailable, RequestMetadata
+from control_plane import ControlPlaneManager, ExecutionInstance, InvalidRequest, RequestMetadata
 from control_plane.examples.local import ready, simulated_engines
 from control_plane.gateway import Gateway, GatewaySettings
 from control_plane.transport import ClientLimits, HttpClient
@@ -19,7 +19,7 @@ async def main() -> None:
     async with (
         simulated_engines(1, model_name="chat-model") as (chat,),
         simulated_engines(1, model_name="embedder", kind="embedding") as (embedder,),
-        ControlPlaneManager(no_instance_timeout_s=0.5) as manager,
+        ControlPlaneManager() as manager,
     ):
         manager.register_instance(ExecutionInstance(url=chat.url))
         manager.register_instance(ExecutionInstance(url=embedder.url, instance_type="embedding"))  # type: ignore[arg-type]
@@ -30,9 +30,10 @@ async def main() -> None:
             f"{len(status.output)} vectors of {len(status.output[0])} numbers, {status.usage.prompt_tokens if status.usage else 0} tokens"
         )
 
-        wrong = await manager.result(await manager.submit_request(RequestMetadata(prompt="Hello", model_name="embedder")))
-        assert isinstance(wrong.error, NoInstanceAvailable)
-        print(f"a completion from the embedder: {wrong.error}")
+        try:
+            await manager.submit_request(RequestMetadata(prompt="Hello", model_name="embedder"))
+        except InvalidRequest as error:
+            print(f"a completion from the embedder: {error}")
 
         gateway = Gateway(manager, GatewaySettings(access_log=False))
         await gateway.start(port=0)

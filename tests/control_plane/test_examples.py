@@ -24,7 +24,7 @@ SAYS = {
     "example_cancel": ("0 wait", "works on 0", "(code cancelled)", "cancelled, engine at 0"),
     "example_custom_policy": ("started: greedy-0, modest-0",),
     "example_custom_router": ("premium -> engine-0: 3",),
-    "example_embeddings": ("2 vectors", "no instance that can serve `embedder`", "rerank over HTTP: 200"),
+    "example_embeddings": ("2 vectors", "no instance of it takes completion", "rerank over HTTP: 200"),
     "example_explain": ("r8: completed", "predicted", "a new request would go to"),
     "example_failover": ("30 of 30 completed", "a healthy, b healthy", "instance_down", "instance_recovered"),
     "example_http_client": ("one answer, from engine-", "why there: adaptive order", "404 The model"),
