@@ -124,6 +124,12 @@ def _is_usage_event(event: bytes) -> bool:
     return b'"usage"' in event and (b'"choices":[]' in event or b'"choices": []' in event)
 
 
+def says_nothing(events: bytes) -> bool:
+    """Whether whole events bring no part of an answer: comments, the closing usage event, ``[DONE]``."""
+    empty = events.count(b'"choices":[]') + events.count(b'"choices": []') + events.count(DONE)
+    return events.count(b"data:") <= empty
+
+
 def was_aborted(data: bytes) -> bool:
     """The engine gave the request up (vLLM on SIGTERM: a good status, but ``finish_reason`` is ``abort``)."""
     if b'"abort"' not in data:

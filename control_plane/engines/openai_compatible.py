@@ -209,12 +209,29 @@ class EngineAnswer:
         if not whole:
             return
         if not self._started:
+            if self._ends_in_done and events.says_nothing(whole):
+                self._hold_silence(whole)
+                return
             self._begin()
             if self._ended:
                 return
+            if self._body:
+                whole, self._body = b"".join((*self._body, whole)), []
         now_s = self._clock.now_s()
         self._sink.tokens(events.count_tokens(whole), now_s, now_s)
         self._sink.chunk(whole)
+
+    @property
+    def _ends_in_done(self) -> bool:
+        """Streams of these paths bring at least one choice and end in ``[DONE]``."""
+        return self._wire.path.endswith("/completions")
+
+    def _hold_silence(self, whole: bytes) -> None:
+        """Nothing of an answer has come yet. vLLM that is told to stop ends what waits there so: status 200 and ``[DONE]`` alone."""
+        self._body.append(whole)
+        self._held += len(whole)
+        if self._saw_done or self._held > UNARY_HOLD_BYTES:
+            self._give_up("the engine ended its stream without an answer")
 
     def _begin(self) -> None:
         self._started = True
@@ -234,7 +251,7 @@ class EngineAnswer:
             self._on_events(splitter.tail + b"\n\n")
             if self._ended:
                 return
-        if not self._saw_done and self._wire.path.endswith("/completions"):
+        if not self._saw_done and self._ends_in_done:
             self._give_up("the engine ended its stream early, without [DONE]")
             return
         if not self._started:

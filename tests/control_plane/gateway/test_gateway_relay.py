@@ -382,6 +382,25 @@ async def test_a_stream_that_breaks_ends_with_an_error_event_and_no_done(stand: 
     assert b"[DONE]" not in answer.body
 
 
+async def test_a_stream_that_ends_with_nothing_in_it_is_no_answer(stand: Any) -> None:
+    """So vLLM that is told to stop ends the streams that still wait in it."""
+    tally = event({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 0}})
+    stand.engine.answer = stream_of(b": hello\n\n", tally, DONE)
+
+    answer = await stand.chat(stream=True)
+
+    assert (answer.status, answer.error["code"]) == (502, "instance_failed")
+    assert "without an answer" in answer.error["message"]
+
+
+async def test_a_comment_before_the_first_event_is_kept(stand: Any) -> None:
+    stand.engine.answer = stream_of(b": hello\n\n", token("a"), DONE)
+
+    answer = await stand.chat(stream=True)
+
+    assert answer.body == b": hello\n\n" + token("a") + DONE
+
+
 async def test_an_error_inside_the_engines_stream_is_told_as_it_is(stand: Any) -> None:
     broken = event({"error": {"message": "EngineCore died", "type": "InternalServerError", "code": 500}})
     stand.engine.answer = stream_of(token("a"), broken)
