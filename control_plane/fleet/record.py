@@ -38,6 +38,7 @@ class Record:
         "cause",
         "contacted",
         "counters",
+        "down_since_s",
         "ejected_until_s",
         "ejections",
         "engine",
@@ -73,6 +74,8 @@ class Record:
         self.probing = asyncio.Lock()
         #: why it is out, None when it is not, or not by us
         self.cause: Cause | None = None
+        #: when it went out; only meaningful while it has a cause
+        self.down_since_s = 0.0
         #: its server has answered since we know it, or since it restarted
         self.contacted = False
         #: that it is up has been said

@@ -25,6 +25,9 @@ class HealthSettings:
     down_interval_s: float = 1.0
     down_interval_max_s: float = 10.0
     down_backoff: float = 1.5
+    #: an engine that has been down this long (its port closed, its health check failing) will not answer what it still holds: requests
+    #: of which nothing has come are tried elsewhere. Until then it may be a server that finishes its work before it ends
+    lost_after_s: float = 30.0
     #: share by which each pause is made longer or shorter at random, so that a thousand probes do not come together
     jitter: float = 0.1
     #: scrape ``/metrics`` for load, cache and restarts (``enable_monitoring``)

@@ -20,7 +20,8 @@ class StatusBook:
 
     Attributes:
         on_change: an instance became usable, got more room, changed its models or left. Called on the event loop.
-        on_hung: probes found that an instance answers nothing any more; what runs there is lost unless it is tried elsewhere.
+        on_hung: an instance answers nothing any more, or has been down for ``lost_after_s``; what has sent nothing yet of its answer
+            is lost there unless it is tried elsewhere. May be called again while it stays so.
         on_forget: what was learned of an instance holds no more: its server restarted, or it left.
         suspects: ids that missed their last probe; they get work only when there is nothing better.
         trials: records that are back from an ejection and not proven yet, by id.
@@ -109,8 +110,10 @@ class StatusBook:
         self._take_out(record, cause)
         if new:
             self.say(record, "instance_down", f"down: {reason}", cause=str(cause), reason=reason)
-            if cause is Cause.HUNG and self.on_hung is not None:
-                self.on_hung(instance)
+        # one that closed its port may still be finishing what it had; for how long that is believed has a bound
+        lost = (new and cause is Cause.HUNG) or self._clock.now_s() - record.down_since_s >= self._settings.lost_after_s
+        if lost and self.on_hung is not None:
+            self.on_hung(instance)
 
     def eject(self, record: Record, cause: Cause, reason: str) -> None:
         """Its requests fail though it answers probes: out for a while, longer each time it happens again."""
@@ -126,6 +129,8 @@ class StatusBook:
 
     def _take_out(self, record: Record, cause: Cause) -> None:
         self.clear_trial(record)
+        if record.cause is None:
+            record.down_since_s = self._clock.now_s()
         record.cause = cause
         record.was_usable = False
         self.suspects.discard(record.instance.instance_id)

@@ -305,6 +305,20 @@ class TestDownAndUp:
         assert house.state == "unhealthy"
         assert house.hung == ["a"]
 
+    async def test_one_that_closed_its_port_may_finish_for_a_while_and_no_longer(self, house: House) -> None:
+        """vLLM that was told to stop may close its port and leave what runs there without an answer for ever."""
+        house.engine.refuses = True
+        await house.probe()
+        await house.probe(after_s=29.0)
+        assert house.hung == []
+        await house.probe()
+        assert house.hung == ["a"]
+        house.engine.refuses = False
+        assert await house.probe()
+        house.engine.refuses = True
+        await house.probe(after_s=60.0)
+        assert house.hung == ["a"]
+
     async def test_one_that_answers_requests_meanwhile_is_not_hung(self, house: House) -> None:
         house.engine.hangs = True
         get = house.engine.get
