@@ -154,6 +154,12 @@ CELLS: dict[str, Callable[[Target, float], Figures]] = {
 }
 
 
+def hold(router: Router, streams: int, prompt_bytes: int) -> Load:
+    """Streams that are open all at once, each silent for long enough that the last one is there before the first one ends."""
+    silent_s = 8 + streams / 1000
+    return run_load(router, mode="hold", connections=streams, tokens=int(50 * silent_s), idle=1, prompt_bytes=prompt_bytes, duration_s=1)
+
+
 def memory(start: Callable[..., Router], engines: list[int], descriptors: int, prompt_bytes: int) -> Figures:
     """RSS of a router fresh from its start, with 1,000 streams, and with as many as its descriptors allow; then one more."""
     most = (descriptors - 500) // 2
@@ -161,9 +167,9 @@ def memory(start: Callable[..., Router], engines: list[int], descriptors: int, p
     try:
         run_load(router, mode="hold", connections=50, tokens=5, idle=1, prompt_bytes=prompt_bytes, duration_s=0.1)
         empty = router.rss_bytes()
-        thousand = run_load(router, mode="hold", connections=1000, tokens=200, idle=1, prompt_bytes=prompt_bytes, duration_s=1)
-        full = run_load(router, mode="hold", connections=most, tokens=int(50 * (8 + most / 1500)), idle=1, prompt_bytes=prompt_bytes, duration_s=1)
-        over = run_load(router, mode="hold", connections=most + 20, tokens=int(50 * (8 + most / 1500)), idle=1, prompt_bytes=200, duration_s=1)
+        thousand = hold(router, 1000, prompt_bytes)
+        full = hold(router, most, prompt_bytes)
+        over = hold(router, most + 20, 200)
     finally:
         router.stop()
     return {
@@ -301,7 +307,8 @@ def report(results: Results) -> str:
         table(results, "p50_us", ["latency unary", "latency first chunk"], "p50 µs at 100/s"),
         table(results, "p99_us", ["latency unary", "latency first chunk"], "p99 µs at 100/s"),
     ]
-    parts += [table(results, key, ["memory 200 B", "memory 32 KB"], key) for key in ("rss_mb", "rss_1000_mb", "rss_most_mb", "bytes_a_stream")]
+    figures = ("rss_mb", "rss_1000_mb", "rss_most_mb", "bytes_a_stream")
+    parts += [table(results, figure, ["memory 200 B", "memory 32 KB"], figure) for figure in figures]
     parts.append(goals(results))
     return "\n\n".join(part for part in parts if part.count("\n") > 1)
 

@@ -96,9 +96,7 @@ class Router:
 
     def cpu_ns(self) -> int:
         """Time on a CPU of all its threads since their start."""
-        return sum(
-            int(stat.read_text().split()[0]) for pid in self.pids() for stat in Path(f"/proc/{pid}/task").glob("*/schedstat")
-        )
+        return sum(int(stat.read_text().split()[0]) for pid in self.pids() for stat in Path(f"/proc/{pid}/task").glob("*/schedstat"))
 
     def rss_bytes(self) -> int:
         """Resident memory; of pages shared between its processes each one's share."""
@@ -138,8 +136,9 @@ def launch(name: str, port: int, command: list[str], *, descriptors: int | None 
 def answers(port: int) -> bool:
     body = b'{"model": "%s", "max_tokens": 1, "messages": [{"role": "user", "content": "hello"}]}' % MODEL.encode()
     headers = {"content-type": "application/json", "authorization": "Bearer none"}
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", body, headers)
     try:
-        with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", body, headers), timeout=2) as got:
+        with urllib.request.urlopen(request, timeout=2) as got:
             return got.status == 200
     except (OSError, urllib.error.URLError):
         return False

@@ -24,7 +24,9 @@ from control_plane.gateway import Gateway, GatewaySettings
 
 SERVERS = pytest.StashKey[list[VllmServer]]()
 #: quick to find out, and patient enough for two engines, their clients and the gateway on two cores
-HEALTH = HealthSettings(lost_after_s=5.0, probe_interval_s=0.5, probe_timeout_s=3.0, down_interval_s=0.5, down_interval_max_s=1.0, models_interval_s=1.0)
+HEALTH = HealthSettings(
+    probe_interval_s=0.5, probe_timeout_s=3.0, down_interval_s=0.5, down_interval_max_s=1.0, models_interval_s=1.0, lost_after_s=5.0
+)
 
 Pair = tuple[VllmServer, VllmServer]
 
