@@ -13,7 +13,8 @@ from urllib.parse import SplitResult, urlsplit
 
 from control_plane.errors import ConfigurationError, InstanceFailed
 from control_plane.protocols import Headers
-from control_plane.transport.client_connection import ClientConnection, Receiver
+from control_plane.transport.client_connection import AnswerHead, ClientConnection, Receiver
+from control_plane.transport.heads import HeadMemory
 from control_plane.transport.limits import ClientLimits
 from control_plane.transport.wheel import NEVER_S, Deadline, TimerWheel
 from control_plane.transport.wire import FRAMING_HEADERS, head_bytes
@@ -150,6 +151,8 @@ class HttpClient:
         self._standing = tuple(headers)
         self._standing_names = frozenset(name for name, _ in headers)
         self._prefixes: dict[tuple[str, str], bytes] = {}
+        #: of this engine's answers
+        self.heads: HeadMemory[AnswerHead] = HeadMemory()
         #: in the order in which they became idle
         self._idle: dict[ClientConnection, None] = {}
         self._connections: set[ClientConnection] = set()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 import httptools
 
 from control_plane.errors import InstanceFailed
+from control_plane.transport.heads import END, MAX_HEAD_BYTES
 from control_plane.transport.wheel import NEVER_S, Deadline
 from control_plane.transport.wire import JOIN_BYTES
 
@@ -46,6 +47,24 @@ class Receiver(Protocol):
     def on_error(self, error: InstanceFailed) -> None: ...
 
 
+class AnswerHead:
+    """The head of an answer with a body of known length behind it, on a connection that is kept. Shared: not to be changed."""
+
+    __slots__ = ("content_length", "headers", "keepalive_s", "status")
+
+    def __init__(self, status: int, headers: list[tuple[bytes, bytes]], keepalive_s: float, content_length: int) -> None:
+        self.status = status
+        self.headers = headers
+        self.keepalive_s = keepalive_s
+        self.content_length = content_length
+
+    def with_length(self, content_length: int) -> AnswerHead:
+        """The same head announcing another body."""
+        length = b"%d" % content_length
+        headers = [(name, length if name == b"content-length" else value) for name, value in self.headers]
+        return AnswerHead(self.status, headers, self.keepalive_s, content_length)
+
+
 class _Deaf:
     """Receives for calls that are over."""
 
@@ -73,6 +92,7 @@ class ClientConnection(asyncio.Protocol):
         "_interim",
         "_parser",
         "_progress",
+        "_raw_head",
         "_receiver",
         "_reusable",
         "_time",
@@ -101,6 +121,8 @@ class ClientConnection(asyncio.Protocol):
         self._head_bytes = 0
         self._barren_bytes = 0
         self._chunk_s = NEVER_S
+        #: the bytes of the head that is being parsed, where they came whole and alone
+        self._raw_head = b""
         self.keepalive_s = client.limits.keepalive_s
         #: when it is idle: until when it may be used again
         self.expires_s = 0.0
@@ -161,7 +183,8 @@ class ClientConnection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         if self._progress != _IN_BODY or self._call is None:
-            self._receive_head(data)
+            if self._progress != _AWAITED or not self._receive_known(data):
+                self._receive_head(data)
             return
         due_s = self._time() + self._chunk_s
         total_due_s = self._call.total_due_s
@@ -176,6 +199,34 @@ class ClientConnection(asyncio.Protocol):
             self._release()
         elif not self._grew:
             self._bound_overhead(len(data))
+
+    def _receive_known(self, data: bytes) -> bool:
+        """One whole answer whose head was parsed before. False: ``data`` is anything else."""
+        call = self._call
+        end = data.find(END, 0, MAX_HEAD_BYTES)
+        if end <= 0 or call is None or call.is_head:
+            self._raw_head = b""
+            return False
+        raw = self._raw_head = data[:end]
+        heads = self._client.heads
+        head = heads.known.get(raw)
+        if head is None and (found := heads.like(raw)) is not None:
+            head = found[0].with_length(found[1])
+            heads.remember(raw, head)
+        if head is None or len(data) - end - 4 != head.content_length:
+            return False
+        self._progress = _COMPLETE
+        self.keepalive_s = head.keepalive_s
+        receiver = self._receiver
+        try:
+            receiver.on_head(head.status, head.headers)
+            if self._call is call and head.content_length:
+                receiver.on_body(data[end + 4 :])
+        except Exception as error:
+            self._receiver_failed(error)
+        if self._call is call:
+            self._release()
+        return True
 
     def eof_received(self) -> bool:
         self._client.unpool(self)
@@ -216,6 +267,7 @@ class ClientConnection(asyncio.Protocol):
             if status < 100 or status == 101:
                 raise _Garbage(f"status {status}")
             self._interim = True
+            self._raw_head = b""
             return
         headers, self._headers = self._headers, []
         framed = self._read_framing(headers)
@@ -224,6 +276,8 @@ class ClientConnection(asyncio.Protocol):
             if parser.get_http_version() not in ("1.1", "1.0"):
                 raise _Garbage("not HTTP/1.1 or 1.0")
         bodiless = status in (204, 304) or call.is_head
+        if self._raw_head and not bodiless:
+            self._remember_head(status, headers)
         self._until_close = not framed and not bodiless
         self._progress = _IN_BODY
         call.let_go_of_request()
@@ -262,6 +316,13 @@ class ClientConnection(asyncio.Protocol):
                     seconds = int(announced[1])
                     self.keepalive_s = max(seconds - _KEEPALIVE_MARGIN_S, seconds / 2)
         return framed
+
+    def _remember_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        """Where what comes behind such a head is plain: a body of known length, and then the next answer."""
+        lengths = [value for name, value in headers if name == b"content-length"]
+        if len(lengths) == 1 and self._reusable and not any(name == b"transfer-encoding" for name, _ in headers):
+            self._client.heads.remember(self._raw_head, AnswerHead(status, headers, self.keepalive_s, int(lengths[0])))
+        self._raw_head = b""
 
     def _receive_head(self, data: bytes) -> None:
         if self._call is None:
@@ -310,10 +371,13 @@ class ClientConnection(asyncio.Protocol):
         if isinstance(cause, _Garbage):
             self._fail(f"it answered with something that is not HTTP: {cause}")
         elif cause is not None:
-            log.error("a receiver failed", exc_info=cause)
-            self._fail("its answer could not be handled")
+            self._receiver_failed(cause)
         else:
             self._fail(f"it answered with something that is not HTTP: {error}")
+
+    def _receiver_failed(self, error: BaseException) -> None:
+        log.error("a receiver failed", exc_info=error)
+        self._fail("its answer could not be handled")
 
     def _ended(self, reason: str) -> None:
         if self._until_close and self._progress == _IN_BODY:

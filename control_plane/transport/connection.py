@@ -10,7 +10,7 @@ import asyncio
 from typing import TYPE_CHECKING, Final, cast
 
 from control_plane.transport.exchange import Exchange
-from control_plane.transport.request_head import Refused
+from control_plane.transport.request_head import Refused, RequestHead
 from control_plane.transport.request_reader import BETWEEN, IN_HEAD, RequestReader
 from control_plane.transport.wheel import NEVER_S, Deadline
 from control_plane.transport.wire import CONTINUE, refusal
@@ -160,10 +160,8 @@ class ServerConnection(asyncio.Protocol):
 
     # ---- the reader calls
 
-    def take_request(
-        self, method: str, target: bytes, headers: list[tuple[bytes, bytes]], body: bytes, keep_alive: bool, http10: bool
-    ) -> None:
-        exchange = Exchange(self, method, target, headers, body, keep_alive, http10, self._time())
+    def take_request(self, head: RequestHead, body: bytes) -> None:
+        exchange = Exchange(self, head, body, self._time())
         self._owes_continue = False
         if self._exchange is None and not self._pending and not self._paused_writing:
             self._run(exchange)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Final
 
 from control_plane.protocols import Headers
+from control_plane.transport.request_head import RequestHead
 from control_plane.transport.wire import JOIN_BYTES, chunk_frame, head_bytes, header_value, status_line
 
 if TYPE_CHECKING:
@@ -29,11 +30,7 @@ class Exchange:
     answering to close the connection behind the answer.
 
     Attributes:
-        method: upper case.
-        target: the request target as it came.
-        path: its path, not unquoted; ``query``: what follows the question mark.
-        headers: names in lower case, values without surrounding blanks, in the order they came.
-        http10: the client speaks HTTP/1.0.
+        head: what came before the body; its fields can be read here, too.
         received_s: when the request was complete, in seconds of ``loop.time()``.
         on_disconnect: called once when the client leaves before the answer's end.
         on_pause: called when more is unsent than ``write_buffer_high_bytes``; ``on_resume`` when it has drained.
@@ -47,40 +44,20 @@ class Exchange:
         "_left_bytes",
         "body",
         "finished",
-        "headers",
-        "http10",
+        "head",
         "keep_alive",
-        "method",
         "on_disconnect",
         "on_pause",
         "on_resume",
-        "path",
-        "query",
         "received_s",
         "started",
-        "target",
     )
 
-    def __init__(
-        self,
-        connection: ServerConnection,
-        method: str,
-        target: bytes,
-        headers: list[tuple[bytes, bytes]],
-        body: bytes,
-        keep_alive: bool,
-        http10: bool,
-        received_s: float,
-    ) -> None:
+    def __init__(self, connection: ServerConnection, head: RequestHead, body: bytes, received_s: float) -> None:
         self._connection = connection
-        self.method = method
-        self.target = target
-        path, _, self.query = (target if target[0] == 47 else origin_form(target)).partition(b"?")
-        self.path = path.decode("latin-1")
-        self.headers = headers
+        self.head = head
         self.body = body
-        self.keep_alive = keep_alive
-        self.http10 = http10
+        self.keep_alive = head.keep_alive
         self.received_s = received_s
         self.on_disconnect: Callback | None = None
         self.on_pause: Callback | None = None
@@ -93,6 +70,30 @@ class Exchange:
 
     def __repr__(self) -> str:
         return f"<Exchange {self.method} {self.target!r}>"
+
+    @property
+    def method(self) -> str:
+        return self.head.method
+
+    @property
+    def target(self) -> bytes:
+        return self.head.target
+
+    @property
+    def path(self) -> str:
+        return self.head.path
+
+    @property
+    def query(self) -> bytes:
+        return self.head.query
+
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]:
+        return self.head.headers
+
+    @property
+    def http10(self) -> bool:
+        return self.head.http10
 
     @property
     def peer(self) -> str:
@@ -247,13 +248,3 @@ class Exchange:
         self.finished = True
         self._framing = _OVER
         self._connection.exchange_finished(self.keep_alive)
-
-
-def origin_form(target: bytes) -> bytes:
-    """The path and query of an absolute-form target (``http://host/path?query``); ``*`` stays what it is."""
-    _, scheme, rest = target.partition(b"://")
-    if not scheme:
-        return target
-    cut = min((at for at in (rest.find(b"/"), rest.find(b"?")) if at >= 0), default=len(rest))
-    rest = rest[cut:]
-    return rest if rest[:1] == b"/" else b"/" + rest

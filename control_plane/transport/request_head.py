@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from control_plane.transport.wire import has_token
 
@@ -20,6 +20,50 @@ class Refused(Exception):
         self.code = code
         self.message = message
         self.retry_after_s = retry_after_s
+
+
+class RequestHead:
+    """What a request's head says, checked. Shared between requests with the same one, so nothing of it may be changed.
+
+    Attributes:
+        method: upper case.
+        target: as it came; ``path``: its path, not unquoted; ``query``: what follows the question mark.
+        headers: names in lower case, values without surrounding blanks, in the order they came.
+        content_length: -1 for a chunked body.
+        notes: whatever the handler derives from such a head, once; the same for heads that differ in their length only.
+    """
+
+    __slots__ = ("content_length", "headers", "http10", "keep_alive", "method", "notes", "path", "query", "target")
+
+    def __init__(
+        self, method: str, target: bytes, headers: list[tuple[bytes, bytes]], keep_alive: bool, http10: bool, content_length: int
+    ) -> None:
+        self.method = method
+        self.target = target
+        path, _, self.query = (target if target[0] == 47 else origin_form(target)).partition(b"?")
+        self.path = path.decode("latin-1")
+        self.headers = headers
+        self.keep_alive = keep_alive
+        self.http10 = http10
+        self.content_length = content_length
+        self.notes: Notes = Notes()
+
+    def with_length(self, content_length: int) -> RequestHead:
+        """The same head announcing another body."""
+        length = b"%d" % content_length
+        headers = [(name, length if name == b"content-length" else value) for name, value in self.headers]
+        head = RequestHead(self.method, self.target, headers, self.keep_alive, self.http10, content_length)
+        head.notes = self.notes
+        return head
+
+
+class Notes:
+    """A handler's own finding about a head; None: not looked at yet."""
+
+    __slots__ = ("found",)
+
+    def __init__(self) -> None:
+        self.found: Any = None
 
 
 class Framing(NamedTuple):
@@ -124,3 +168,13 @@ def without_upgrade(method: str, target: bytes, headers: list[tuple[bytes, bytes
         if name != b"upgrade":
             lines.append(b"%b: %b\r\n" % (name, value))
     return b"".join(lines) + b"\r\n"
+
+
+def origin_form(target: bytes) -> bytes:
+    """The path and query of an absolute-form target (``http://host/path?query``); ``*`` stays what it is."""
+    _, scheme, rest = target.partition(b"://")
+    if not scheme:
+        return target
+    cut = min((at for at in (rest.find(b"/"), rest.find(b"?")) if at >= 0), default=len(rest))
+    rest = rest[cut:]
+    return rest if rest[:1] == b"/" else b"/" + rest

@@ -12,8 +12,9 @@ from typing import Any, Final, Protocol
 
 import httptools
 
+from control_plane.transport.heads import END, MAX_HEAD_BYTES, HeadMemory
 from control_plane.transport.limits import ServerLimits
-from control_plane.transport.request_head import Refused, check_framing, check_target, refused_by_parser, without_upgrade
+from control_plane.transport.request_head import Refused, RequestHead, check_framing, check_target, refused_by_parser, without_upgrade
 from control_plane.transport.wire import METHODS
 
 # what of a request has come
@@ -26,18 +27,17 @@ BULK_BYTES: Final = 65_536
 
 
 class Receiving:
-    """Bytes of unfinished bodies on all connections of a server."""
+    """What all connections of a server share: the bytes of unfinished bodies, and the heads that are known."""
 
-    __slots__ = ("total_bytes",)
+    __slots__ = ("heads", "total_bytes")
 
     def __init__(self) -> None:
         self.total_bytes = 0
+        self.heads: HeadMemory[RequestHead] = HeadMemory()
 
 
 class RequestTaker(Protocol):
-    def take_request(
-        self, method: str, target: bytes, headers: list[tuple[bytes, bytes]], body: bytes, keep_alive: bool, http10: bool
-    ) -> None:
+    def take_request(self, head: RequestHead, body: bytes) -> None:
         """A request is complete."""
 
     def send_continue(self) -> None:
@@ -54,15 +54,15 @@ class RequestReader:
         "_barren_bytes",
         "_body",
         "_bulk_left_bytes",
+        "_head",
         "_head_bytes",
         "_headers",
-        "_http10",
-        "_keep_alive",
         "_length",
         "_limits",
         "_method",
         "_more",
         "_parser",
+        "_raw_head",
         "_received_bytes",
         "_receiving",
         "_taker",
@@ -82,8 +82,9 @@ class RequestReader:
         self._method = ""
         self._target = b""
         self._headers: list[tuple[bytes, bytes]] = []
-        self._http10 = False
-        self._keep_alive = True
+        self._head: RequestHead | None = None
+        #: the bytes of the head that is being parsed, where it came whole and alone
+        self._raw_head = b""
         self._upgrading = False
         self._length = 0
         #: the body: its first piece, or all of them
@@ -98,6 +99,8 @@ class RequestReader:
     def feed(self, data: bytes) -> None:
         """Read on. Raises Refused; from then on the reader is stopped."""
         if self.stopped:
+            return
+        if self.phase == BETWEEN and self._take_known(data):
             return
         try:
             if self._bulk_left_bytes:
@@ -119,6 +122,27 @@ class RequestReader:
         except Refused:
             self.stop()
             raise
+
+    def _take_known(self, data: bytes) -> bool:
+        """One whole request whose head was parsed before. False: ``data`` is anything else."""
+        end = data.find(END, 0, MAX_HEAD_BYTES)
+        if end <= 0:
+            self._raw_head = b""
+            return False
+        raw = self._raw_head = data[:end]
+        heads = self._receiving.heads
+        head = heads.known.get(raw)
+        if head is None and (found := heads.like(raw)) is not None:
+            head = found[0].with_length(found[1])
+            if head.content_length > self._limits.max_body_bytes:
+                return False
+            heads.remember(raw, head)
+        if head is None or len(data) - end - 4 != head.content_length:
+            return False
+        if not head.keep_alive:
+            self.stopped = True
+        self._taker.take_request(head, data[end + 4 :])
+        return True
 
     def stop(self) -> None:
         """No more requests: drop what is unfinished."""
@@ -183,7 +207,8 @@ class RequestReader:
 
     def _continue_without_upgrade(self, rest: bytes) -> None:
         self._upgrading = False
-        head = without_upgrade(self._method, self._target, self._headers, self._http10)
+        self._raw_head = b""
+        head = without_upgrade(self._method, self._target, self._headers, self._head is not None and self._head.http10)
         self._parser = httptools.HttpRequestParser(self)
         self._feed(head)
         if rest and not self.stopped:
@@ -217,11 +242,15 @@ class RequestReader:
         check_target(method, self._target)
         framing = check_framing(headers, parser.should_keep_alive(), parser.get_http_version)
         self._method = method
-        self._length, self._keep_alive, self._http10, asks_upgrade, expects_continue = framing
+        self._length, keep_alive, http10, asks_upgrade, expects_continue = framing
         if self._length > self._limits.max_body_bytes:
             raise self._body_too_large()
         self._upgrading = asks_upgrade and parser.should_upgrade()
+        self._head = RequestHead(method, self._target, headers, keep_alive, http10, self._length)
         self.phase = IN_BODY
+        if self._raw_head and self._length >= 0 and not (asks_upgrade or expects_continue):
+            self._receiving.heads.remember(self._raw_head, self._head)
+        self._raw_head = b""
         if expects_continue and not self._upgrading:
             self._taker.send_continue()
 
@@ -263,14 +292,15 @@ class RequestReader:
                 # the buffer's own bytes: not copied, as nothing else holds them
                 body = self._more.getvalue()
             self._forget_body()
-        headers = self._headers
+        head, self._head = self._head, None
+        assert head is not None
         # the parser holds on to this object until the next head: let it not hold on to the request as well
         self._headers = []
         self.phase = BETWEEN
         self._head_bytes = -1
-        if not self._keep_alive:
+        if not head.keep_alive:
             self.stopped = True
-        self._taker.take_request(self._method, self._target, headers, body, self._keep_alive, self._http10)
+        self._taker.take_request(head, body)
 
     def _forget_body(self) -> None:
         if self._more is not None:
