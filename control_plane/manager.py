@@ -13,6 +13,7 @@ from random import Random
 from types import TracebackType
 from typing import Any, Literal, overload
 
+from control_plane import field_rules
 from control_plane.admission import kind_of, validate_request
 from control_plane.clock import Clock, SystemClock
 from control_plane.dispatch import Dispatcher
@@ -106,6 +107,11 @@ class ControlPlaneManager:
         clock: Clock | None = None,
         engine_factory: EngineFactory | None = None,
     ) -> None:
+        options = locals()
+        field_rules.check(options, field_rules.MANAGER, ConfigurationError)
+        for name, kind in (("pd_config", PDSeparationConfig), ("health", HealthSettings)):
+            if not isinstance(options[name], kind | None):
+                raise field_rules.wrong(name, options[name], f"a {kind.__name__}(...), or None for its defaults", ConfigurationError)
         if enable_auto_scaling:
             raise ConfigurationError(
                 "enable_auto_scaling=True: the autoscaler is not available yet; leave it False", param="enable_auto_scaling"
@@ -275,7 +281,8 @@ class ControlPlaneManager:
             if request.request_id and request.request_id in self._records:
                 raise InvalidRequest(f"request_id {request.request_id!r} is already known; use a new one", param="request_id")
         except ControlPlaneError as error:
-            self.metrics.on_refused(error, request)
+            if isinstance(request, RequestMetadata):
+                self.metrics.on_refused(error, request)
             raise
         return self._lifecycle.accept(request, WireRequest("", b"", stream), sink, kind=kind, model=request.model_name)
 
