@@ -250,7 +250,7 @@ class ExecutionCoordinator:
     def opened(self, attempt: Attempt) -> None:
         """An attempt takes its place on its instance."""
         job = attempt.job
-        self._running[job.request_id] = job.request
+        self._running[job.request_id] = job.shown
         self.fleet.placed(attempt.instance, job.predicted_ms, job.phase)
 
     def closed(self, attempt: Attempt) -> None:

@@ -27,7 +27,7 @@ from control_plane.observability.events import EventLog
 from control_plane.observability.metrics import MetricsRecorder
 from control_plane.parallelism import ParallelismOptimizer
 from control_plane.pd_routing import PDRoutingStrategy
-from control_plane.policies import SchedulingPolicy, create_policy
+from control_plane.policies import SchedulingPolicy, call_hook, create_policy
 from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import Sink, WireRequest
 from control_plane.queue import QueueState, RequestQueue
@@ -191,6 +191,8 @@ class ControlPlaneManager:
         #: SLO violations at the last ticks, so that the adaptive policy sees those of the last ten seconds
         self._violations: deque[int] = deque([0], maxlen=int(10 / TICK_S))
         self._tick_handle: asyncio.TimerHandle | None = None
+        #: a policy whose review raised
+        self._review_failed: SchedulingPolicy | None = None
 
     @classmethod
     def from_config(cls, source: Any, **overrides: Any) -> ControlPlaneManager:
@@ -271,8 +273,7 @@ class ControlPlaneManager:
         Before :meth:`start` it waits. Raises InvalidRequest (naming the field), ModelNotFound, QueueFull, BudgetExhausted,
         DeadlineUnreachable or Draining; then nothing is kept.
         """
-        self._accept_own(request, AnswerSink(), stream=False)
-        return request.request_id
+        return self._accept_own(request, AnswerSink(), stream=False).request_id
 
     def _accept_own(self, request: RequestMetadata, sink: Sink, *, stream: bool) -> Job:
         try:
@@ -447,11 +448,7 @@ class ControlPlaneManager:
         self._dispatcher.room()
 
     def _tell_policy(self, policy: SchedulingPolicy, instance: ExecutionInstance) -> None:
-        try:
-            policy.on_instance_registered(instance)
-        except Exception as error:  # the user's own hook: its fault is said and harms nobody
-            message = f"on_instance_registered of the scheduling policy {policy.name} failed: {error!r}"
-            self.events.event("policy_hook_failed", message, policy=policy.name)
+        call_hook(policy, "on_instance_registered", self.events, instance)
 
     def update_routing_strategy(self, routing_strategy: str | RoutingStrategy | object) -> None:
         """Change placement at run time. Raises InvalidRequest for an unknown name."""
@@ -461,9 +458,16 @@ class ControlPlaneManager:
 
     def _review_policy(self) -> None:
         policy = self.scheduling_policy
-        if (why := policy.review(self._queue_state())) is not None:
-            self.queue.rekey(policy, self.fleet)
-            self.events.event("policy_switched", why, policy=policy.name)
+        if policy is self._review_failed:
+            return
+        try:
+            if (why := policy.review(self._queue_state())) is not None:
+                self.queue.rekey(policy, self.fleet)
+                self.events.event("policy_switched", why, policy=policy.name)
+        except Exception as error:  # the user's own: said once, not four times a second
+            self._review_failed = policy
+            message = f"review of the scheduling policy {policy.name} failed and is asked no more: {error!r}"
+            self.events.event("policy_hook_failed", message, policy=policy.name)
 
     def _queue_state(self) -> QueueState:
         usable = [instance for instance in self.fleet.instances() if instance.is_usable]

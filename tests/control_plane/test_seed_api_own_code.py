@@ -22,6 +22,7 @@ from control_plane import (
     SchedulingPolicy,
 )
 from control_plane.errors import ConfigurationError
+from control_plane.gateway.metrics_page import make_exporter
 from control_plane.protocols import FleetView
 from control_plane.router import Placement
 
@@ -318,6 +319,40 @@ class TestRequestsChangedUnderWay:
         await world.manager.submit_request(request)
         messages[0]["content"] = request.model_name = "changed"
         world.open[0].answer()
+        assert b"as it was" in world.open[0].wire.body
+        assert b"changed" not in world.open[0].wire.body
+
+    @pytest.mark.parametrize("started", [False, True])
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [("priority", "urgent"), ("slo_deadline_ms", "soon"), ("max_tokens", "x"), ("cost_budget", "x"), ("extra_body", None)],
+    )
+    async def test_whatever_is_set_on_it_what_was_accepted_runs_and_is_counted(
+        self, make: Make, started: bool, field: str, value: object
+    ) -> None:
+        world = make("a")
+        page = make_exporter(world.manager)
+        if started:
+            await world.manager.start()
+        request = RequestMetadata(request_id="r", prompt="x", priority=RequestPriority.LOW)
+        await world.manager.submit_request(request)
+        setattr(request, field, value)
+        assert started or list(world.manager.pending_queue) == [request]
+        world.manager.update_policy("priority")
+        await world.manager.start()
+        assert world.manager.running_requests["r"] is request
+        world.open[0].answer()
+        assert await world.state("r") == "completed"
+        assert world.manager.explain("r")["priority"] == "low"
+        assert world.manager.get_metrics().completed_requests == 1
+        assert 'outcome="completed",priority="low"} 1.0' in page.render()[1].decode()
+
+    async def test_inside_before_the_start_too(self, make: Make) -> None:
+        world = make("a")
+        messages, stop = [{"role": "user", "content": "as it was"}], ["\n"]
+        await world.manager.submit_request(RequestMetadata(messages=messages, extra_body={"stop": stop}))
+        messages[0]["content"], stop[0] = "changed", "changed"
+        await world.manager.start()
         assert b"as it was" in world.open[0].wire.body
         assert b"changed" not in world.open[0].wire.body
 
