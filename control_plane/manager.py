@@ -150,7 +150,7 @@ class ControlPlaneManager:
         self.parallelism_optimizer = ParallelismOptimizer()
         self.pd_router = PDRoutingStrategy(self.pd_config, self.predictor) if self.enable_pd_separation else None
         self.metrics = MetricsRecorder(self.clock, window_s=metrics_window_s, enabled_quantiles=enable_monitoring)
-        self._records = RequestRecords(history_max_requests, history_max_age_s)
+        self._records = RequestRecords(history_max_requests, history_max_age_s, self.clock)
         self._lifecycle = RequestLifecycle(
             clock=self.clock,
             queue=self.queue,
@@ -307,6 +307,9 @@ class ControlPlaneManager:
                     yield event
                 elif text := delta_text(event):
                     yield text
+        except ControlPlaneError as error:
+            self.fail(job, error)  # what cannot be read failed; its caller did not give it up
+            raise
         finally:
             self.cancel(job)
 
@@ -360,6 +363,7 @@ class ControlPlaneManager:
         if lifecycle.running:
             return
         lifecycle.running = self._dispatcher.running = True
+        self.metrics.begin()
         await self.executor.initialize()
         lifecycle.judge_early()
         self._dispatcher.room()
@@ -401,7 +405,7 @@ class ControlPlaneManager:
         try:
             now_s = self.clock.now_s()
             self._limits.check(now_s)
-            self._records.forget_old(now_s)
+            self._records.forget_old()
             if self.scheduling_policy.relegates:
                 self.queue.relegate_due(now_s)
             self._instance_changed()
@@ -493,9 +497,14 @@ class ControlPlaneManager:
         """Requests on an engine now, by id (live)."""
         return self.executor.active_requests
 
+    @property
+    def queued_requests(self) -> int:
+        """Requests that are accepted and on no engine: in the queue, or being placed by a policy or router of the user's own."""
+        return self._lifecycle.waiting
+
     def get_metrics(self) -> PerformanceMetrics:
         """Counts since start; rates and quantiles over ``metrics_window_s``."""
-        return self.metrics.snapshot(self.fleet.instances(), queued=self._lifecycle.waiting, active=len(self.running_requests))
+        return self.metrics.snapshot(self.fleet.instances(), queued=self.queued_requests, active=len(self.running_requests))
 
     def get_pd_metrics(self) -> PDMetrics:
         """Prefill/decode separation: what was classed how, and where it went."""
@@ -517,7 +526,7 @@ class ControlPlaneManager:
             "scheduling_policy": self.scheduling_policy.name,
             "routing_strategy": self.router.name,
             "pd_separation": self.pd_router is not None,
-            "queued_requests": self._lifecycle.waiting,
+            "queued_requests": self.queued_requests,
             "active_requests": len(self.running_requests),
             "models": sorted(self.fleet.models()),
             "instances": [self.get_instance_metrics(instance.instance_id) for instance in self.fleet.instances()],

@@ -247,10 +247,14 @@ class TestHistory:
         world.manager.clock.advance(6.0)  # type: ignore[attr-defined]
         await world.submit("young")
         world.manager.clock.advance(6.0)  # type: ignore[attr-defined]
-        await asyncio.sleep(0.3)
         with pytest.raises(RequestNotFound):
             await world.state("old")
         assert await world.state("young") == "completed"
+        await world.manager.stop()
+        assert await world.state("young") == "completed"
+        world.manager.clock.advance(6.0)  # type: ignore[attr-defined]
+        with pytest.raises(RequestNotFound):
+            await world.state("young")
 
     async def test_none_are_kept(self) -> None:
         world = World("a", history_max_requests=0)

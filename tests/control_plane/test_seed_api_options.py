@@ -221,6 +221,19 @@ class TestMetrics:
         later = world.manager.get_metrics()
         assert (later.completed_requests, later.requests_per_second, later.p99_latency_ms) == (5, 0.0, 0.0)
 
+    async def test_the_uptime_begins_at_the_start(self, make: Make) -> None:
+        clock = ManualClock(now_s=100.0)
+        world = make("a", answer=True, clock=clock)
+        clock.advance(30.0)
+        await world.manager.start()
+        await world.submit("r")
+        clock.advance(10.0)
+        assert world.manager.get_metrics().requests_per_second == pytest.approx(0.1)
+        await world.manager.stop()
+        clock.advance(10.0)
+        await world.manager.start()
+        assert world.manager.get_metrics().requests_per_second == pytest.approx(0.05), "it goes on counting"
+
     async def test_a_failed_or_refused_request_with_a_target_is_a_violation(self, make: Make) -> None:
         clock = ManualClock(now_s=100.0)
         world = make("a", clock=clock)

@@ -409,6 +409,17 @@ class TestStreamsLeft:
         await until(lambda: world.engines["a"].calls[0].cancelled)
         assert await world.state("s") == "cancelled"
 
+    async def test_an_event_that_is_not_json_fails_it(self, make: Make) -> None:
+        world = make("a")
+        stream, first = await self.begin(world)
+        world.open[0].begin()
+        assert await first == "o"
+        world.open[0].sink.chunk(b"data: {not json}\n\n")
+        with pytest.raises(InstanceFailed, match="not JSON"):
+            await anext(stream)
+        assert await world.state("s") == "failed", "its caller did not give it up"
+        assert world.open == []
+
     async def test_cancelled_by_its_id_it_raises(self, make: Make) -> None:
         world = make("a")
         stream, first = await self.begin(world)
