@@ -69,9 +69,7 @@ class Attempt:
     def started(self, status: int, headers: Headers, call: Call) -> None:
         self.sent = True
         self.call = call
-        job = self.job
-        job.state = RequestStatus.RUNNING
-        job.sink.started(status, headers, call)
+        self.job.sink.started(status, headers, call)
 
     def tokens(self, n: int, first_s: float, last_s: float) -> None:
         job = self.job
@@ -250,6 +248,8 @@ class ExecutionCoordinator:
     def opened(self, attempt: Attempt) -> None:
         """An attempt takes its place on its instance."""
         job = attempt.job
+        # an answer that is not streamed shows nothing before its end: it runs from here on, and not from the first byte
+        job.state = RequestStatus.RUNNING
         self._running[job.request_id] = job.shown
         self.fleet.placed(attempt.instance, job.predicted_ms, job.phase)
 

@@ -194,9 +194,9 @@ class TestEnds:
         await world.submit("early")
         assert await world.manager.cancel_request("early") is True
         await world.manager.start()
-        await world.submit("scheduled")
+        await world.submit("sent")
         await world.submit("queued")
-        for name in ("queued", "scheduled"):
+        for name in ("queued", "sent"):
             assert await world.manager.cancel_request(name) is True
             assert await world.manager.cancel_request(name) is False
         await world.submit("running")
@@ -206,7 +206,7 @@ class TestEnds:
         await world.submit("done")
         world.open[0].answer()
         assert await world.manager.cancel_request("done") is False
-        for name in ("early", "queued", "scheduled", "running"):
+        for name in ("early", "queued", "sent", "running"):
             status = await world.status(name)
             assert (status.state, status.error.code) == ("cancelled", "cancelled")  # type: ignore[union-attr]
         assert await world.state("done") == "completed"

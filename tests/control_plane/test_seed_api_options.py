@@ -61,9 +61,9 @@ class TestOptions:
         assert (len(world.open_on("p")), len(world.open_on("d"))) == (2, 3)
         for n in range(4):
             await world.submit(f"short{n}")
-        assert [await world.state(f"short{n}") for n in range(4)] == ["scheduled"] * 3 + ["queued"]
+        assert [await world.state(f"short{n}") for n in range(4)] == ["running"] * 3 + ["queued"]
         world.open_on("d")[-1].answer()
-        assert await world.state("short3") == "scheduled"
+        assert await world.state("short3") == "running"
 
     async def test_target_latency_is_the_tpot_target_of_a_request_that_has_none(self, make: Make) -> None:
         clock = ManualClock(now_s=50.0)
@@ -154,7 +154,7 @@ class TestOptions:
                 await world.submit("too much", prompt="x" * 1500)
             assert full.value.code == "queue_full"  # type: ignore[attr-defined]
             await world.manager.start()
-            if await world.state("early") == "scheduled" and not len(world.manager.pending_queue):
+            if await world.state("early") == "running" and not len(world.manager.pending_queue):
                 await world.submit("waits", prompt="x" * 1500)
 
 

@@ -78,9 +78,9 @@ class TestPolicies:
             await world.manager.start()
             status = await world.status("bad")
             assert (status.state, status.error.code) == ("failed", "configuration_error")  # type: ignore[union-attr]
-            assert await world.state("before") == "scheduled"
+            assert await world.state("before") == "running"
         await world.submit("good")
-        assert await world.state("good") == "scheduled"
+        assert await world.state("good") == "running"
 
     async def test_one_that_fails_at_the_change_changes_nothing(self, make: Make) -> None:
         world = make("a", scheduling_policy="priority")
@@ -118,7 +118,7 @@ class TestPolicies:
                 await world.submit(f"r{n}")
             world.open[0].answer()
             ends = [await world.state(f"r{n}") for n in range(3)]
-            assert ends == ["completed", "failed", "scheduled"]
+            assert ends == ["completed", "failed", "running"]
         world.manager.update_policy("fifo")
         await world.submit("later")
         while world.open:
@@ -300,7 +300,7 @@ class TestRequestsChangedUnderWay:
         request = RequestMetadata(request_id="mine", prompt="x")
         await world.manager.submit_request(request)
         request.request_id, request.prompt, request.max_tokens = "another", "y", None
-        assert await world.state("mine") == "scheduled"
+        assert await world.state("mine") == "running"
         waiter = asyncio.ensure_future(world.manager.result("mine"))
         await asyncio.sleep(0)
         world.open[0].answer()

@@ -305,7 +305,7 @@ class TestStatus:
         world = make("a")
         await world.manager.start()
         await world.submit("r")
-        assert await world.state("r") == "scheduled"
+        assert await world.state("r") == "running"
         world.open[0].answer(b'{"choices":[{"text":"yes"},{"text":"no"}],"x":1}', tokens=4)
         status = await world.status("r")
         assert status == RequestStatus.COMPLETED
