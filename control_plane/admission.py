@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
 
 from control_plane.errors import BudgetExhausted, DeadlineUnreachable, InvalidRequest, ModelNotFound, NoInstanceAvailable
+from control_plane.field_rules import wrong
 from control_plane.protocols import FleetView
 from control_plane.types import ExecutionInstance, ParallelismType, RequestKind, RequestMetadata, RequestPriority
 
 MAX_RETRY_AFTER_S = 60.0
-
-_E = TypeVar("_E", RequestKind, ParallelismType)
 
 _TEXT_FIELDS = ("user_id", "model_name", "preferred_instance_id", "session_id", "tenant_id")
 _TARGET_FIELDS = ("slo_deadline_ms", "ttft_slo_ms", "tpot_slo_ms")
@@ -23,28 +21,33 @@ def validate_request(request: RequestMetadata) -> None:
 
     Names given for ``priority``, ``kind`` and ``parallelism_hint`` after construction are turned into their members.
     """
+    if not isinstance(request, RequestMetadata):
+        raise wrong("request", request, "a RequestMetadata(...)")
     _check_texts(request)
     _check_numbers(request)
     _check_content(request)
     if type(request.priority) is not RequestPriority:
         request.priority = RequestPriority.parse(request.priority)
     if request.kind is not None:
-        request.kind = _member(RequestKind, request.kind, "kind")
+        try:
+            request.kind = RequestKind(request.kind)
+        except ValueError:
+            raise InvalidRequest(f"kind {request.kind!r} is not one of {', '.join(RequestKind)}", param="kind") from None
     if request.parallelism_hint is not None:
-        request.parallelism_hint = _member(ParallelismType, request.parallelism_hint, "parallelism_hint")
+        request.parallelism_hint = ParallelismType.parse(request.parallelism_hint)
     if request.when_late not in ("serve", "reject"):
         raise InvalidRequest(f"when_late {request.when_late!r} is not one of serve, reject", param="when_late")
 
 
 def _check_texts(request: RequestMetadata) -> None:
     if not isinstance(request.request_id, str):
-        raise _wrong("request_id", request.request_id, "a string (empty: one is generated)")
+        raise wrong("request_id", request.request_id, "a string (empty: one is generated)")
     if not isinstance(request.billing_tier, str):
-        raise _wrong("billing_tier", request.billing_tier, "a string")
+        raise wrong("billing_tier", request.billing_tier, "a string")
     for name in _TEXT_FIELDS:
         value = getattr(request, name)
         if value is not None and not isinstance(value, str):
-            raise _wrong(name, value, "a string or None")
+            raise wrong(name, value, "a string or None")
 
 
 def _check_numbers(request: RequestMetadata) -> None:
@@ -62,13 +65,13 @@ def _number(request: RequestMetadata, name: str, fits: Callable[[float], bool], 
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or not fits(value):
-        raise _wrong(name, value, right)
+        raise wrong(name, value, right)
 
 
 def _count(request: RequestMetadata, name: str, right: str) -> None:
     value = getattr(request, name)
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-        raise _wrong(name, value, right)
+        raise wrong(name, value, right)
 
 
 def _check_content(request: RequestMetadata) -> None:
@@ -84,18 +87,18 @@ def _check_content(request: RequestMetadata) -> None:
     if len(given) > 1:
         raise InvalidRequest(f"{' and '.join(given)} are given; a request has one of prompt, messages, input: leave one", param=given[1])
     if not _is_text_or_list(request.prompt):
-        raise _wrong("prompt", request.prompt, "a string, a list of token ids or a list of strings")
+        raise wrong("prompt", request.prompt, "a string, a list of token ids or a list of strings")
     if request.input is not None and not isinstance(request.input, str | list):
-        raise _wrong("input", request.input, "a string or a list")
+        raise wrong("input", request.input, "a string or a list")
     if request.messages is not None and not _is_messages(request.messages):
-        raise _wrong("messages", request.messages, 'a list of objects such as {"role": "user", "content": "..."}')
+        raise wrong("messages", request.messages, 'a list of objects such as {"role": "user", "content": "..."}')
     for name in ("extra_body", "tags"):
         if not isinstance(getattr(request, name), Mapping):
-            raise _wrong(name, getattr(request, name), "a dict with names as keys")
+            raise wrong(name, getattr(request, name), "a dict with names as keys")
     if not all(isinstance(key, str) for key in request.extra_body):
-        raise _wrong("extra_body", sorted(map(repr, request.extra_body)), "a dict with names as keys")
+        raise wrong("extra_body", sorted(map(repr, request.extra_body)), "a dict with names as keys")
     if not isinstance(request.prompt_head, bytes):
-        raise _wrong("prompt_head", request.prompt_head, "bytes")
+        raise wrong("prompt_head", request.prompt_head, "bytes")
 
 
 def _is_text_or_list(value: object) -> bool:
@@ -108,20 +111,6 @@ def _is_text_or_list(value: object) -> bool:
 
 def _is_messages(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, Mapping) and isinstance(item.get("role"), str) for item in value)
-
-
-def _member(kind: type[_E], value: str, name: str) -> _E:
-    try:
-        return kind(value)
-    except ValueError:
-        raise InvalidRequest(f"{name} {value!r} is not one of {', '.join(kind)}", param=name) from None
-
-
-def _wrong(name: str, value: object, right: str) -> InvalidRequest:
-    shown = repr(value)
-    if len(shown) > 60:
-        shown = shown[:57] + "..."
-    return InvalidRequest(f"{name} is {shown}; it must be {right}", param=name)
 
 
 def kind_of(request: RequestMetadata) -> RequestKind:

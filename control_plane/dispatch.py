@@ -8,6 +8,7 @@ own that is a coroutine gets a task. Whatever a policy or router raises ends the
 from __future__ import annotations
 
 import asyncio
+import inspect
 import math
 from collections.abc import Callable
 
@@ -64,17 +65,27 @@ class Dispatcher:
         self._fail = fail
         self._queue_timeout_s = queue_timeout_s
         self._placing: set[asyncio.Task[None]] = set()
+        #: placements that wait until something changes
+        self._unplaced: list[asyncio.Future[None]] = []
 
     # ---- what happened
 
     def arrived(self, job: Job) -> None:
         """``job`` was queued."""
         if self.running:
-            self._serve_lane(job.lane)
+            if self.policy.picks_next:
+                self._serve_picked()
+            else:
+                self._serve_lane(job.lane)
 
     def room(self, instance: ExecutionInstance | None = None) -> None:
         """An instance may have room now (one request ended there, it came up, its cap grew). None: look at all lanes."""
+        if self._unplaced:
+            self._ask_again()
         if not self.running or not len(self.queue):
+            return
+        if self.policy.picks_next:
+            self._serve_picked()
             return
         lanes = list(self.queue.lanes)
         if len(lanes) > 1:
@@ -137,6 +148,36 @@ class Dispatcher:
     def _place_next(self, lane: LaneKey, candidates: list[ExecutionInstance]) -> bool:
         return any(self._place(job, candidates) for job in self.queue.window(lane, self.window))
 
+    def _serve_picked(self) -> None:
+        """Requests start in the order that the policy's own ``get_next_request`` says, of those that an instance with room may serve."""
+        unplaced: set[Job] = set()
+        while len(unplaced) < self.window:
+            room = {lane: self.fleet.with_room(lane) for lane in self.queue.lanes}
+            jobs = [job for job in self.queue.jobs() if room.get(job.lane) and job not in unplaced]
+            if not jobs:
+                return
+            try:
+                job = self._picked(jobs, list(dict.fromkeys(instance for found in room.values() for instance in found)))
+            except Exception as error:
+                self._fail(jobs[0], self._blamed(error))
+                continue
+            if job is None:
+                return
+            if not self._place(job, room[job.lane]):
+                unplaced.add(job)
+
+    def _picked(self, jobs: list[Job], instances: list[ExecutionInstance]) -> Job | None:
+        """None: the policy wants to wait. It is asked again when something changes, or at the next tick."""
+        picked = self.policy.get_next_request([job.request for job in jobs], instances)
+        if picked is None:
+            return None
+        for job in jobs:
+            if picked is job.request:
+                return job
+        raise ControlPlaneError(
+            f"get_next_request of the scheduling policy {self.policy.name} answered no request that waits: {picked!r:.80}"
+        )
+
     def _place(self, job: Job, candidates: list[ExecutionInstance]) -> bool:
         try:
             if job.request.cost_budget is not None:
@@ -144,6 +185,8 @@ class Dispatcher:
             if self.policy.places_itself or self.router.selects_async:
                 return self._place_in_task(job, candidates)
             decision, phase = self._decide(job.request, candidates, job.key, job.arrival_s)
+            if not self._has_place(job, decision, None):
+                return False
         except NoInstanceAvailable:
             return False  # those that would do have no room now
         except BudgetExhausted:
@@ -193,6 +236,19 @@ class Dispatcher:
 
     # ---- policies and routers of the user's own
 
+    def _has_place(self, job: Job, decision: SchedulingDecision, phase: str | None) -> bool:
+        """Whether there is room where ``decision`` says. Raises ControlPlaneError for an instance that may not have the request at
+        all: what the user's own code answers does not make a server serve another model."""
+        chosen = decision.plan.answering.instance_id
+        instance, lane = self.fleet.get(chosen), job.lane
+        if instance is None:
+            raise ControlPlaneError(f"{self._asked()} chose {chosen!r}, which is not registered")
+        if not (instance.serves(lane.model) and instance.can_do(lane.kind)) or lane.pinned not in (None, chosen):
+            raise ControlPlaneError(f"{self._asked()} chose {chosen!r}, which does not serve this request ({lane.kind} of {lane.model})")
+        if chosen in lane.avoid:
+            raise ControlPlaneError(f"{self._asked()} chose {chosen!r}, which failed under this request before")
+        return self.fleet.has_room(instance, phase)
+
     def _place_in_task(self, job: Job, candidates: list[ExecutionInstance]) -> bool:
         """False: as many are being placed already as there is room for."""
         free = sum(instance.concurrency_limit - instance.active_requests for instance in candidates)
@@ -215,6 +271,10 @@ class Dispatcher:
         try:
             async with limit:
                 decision, phase = await self._ask_user(job, candidates)
+                # others may have been placed there meanwhile, or it insists on one that was not among the candidates
+                while not (self._has_place(job, decision, phase) and self._is_usable(job, decision)):
+                    candidates = await self._candidates_again(job)
+                    decision, phase = await self._ask_user(job, candidates)
         except Exception as error:
             if job.state is RequestStatus.SCHEDULED:
                 late = RequestTimeout(f"was not placed within {self._queue_timeout_s:g} s") if limit.expired() else None
@@ -226,12 +286,15 @@ class Dispatcher:
     async def _ask_user(self, job: Job, candidates: list[ExecutionInstance]) -> tuple[SchedulingDecision, ExecutionInstanceType | None]:
         phase: ExecutionInstanceType | None = None
         if self.policy.places_itself:
-            decision = await self.policy.schedule(job.request, candidates)
+            answer: object = self.policy.schedule(job.request, candidates)
+            decision = await answer if inspect.isawaitable(answer) else answer
             if not isinstance(decision, SchedulingDecision):
                 raise ControlPlaneError(f"the scheduling policy {self.policy.name} answered {decision!r}, which is no SchedulingDecision")
         else:
             phase = self.pd_router.determine_request_phase(job.request) if self.pd_router is not None else None
             chosen = await self.router.select_instance(job.request, candidates, phase)
+            if not isinstance(chosen, ExecutionInstance):
+                raise ControlPlaneError(f"{self._asked()} chose {chosen!r}, which is no instance")
             decision = SchedulingDecision(
                 chosen.instance_id,
                 job.request_id,
@@ -240,9 +303,29 @@ class Dispatcher:
                 policy=self.policy.name,
                 router=self.router.name,
             )
-        if self.fleet.get(decision.plan.answering.instance_id) is None:
-            raise ControlPlaneError(f"{self._asked()} chose {decision.plan.answering.instance_id!r}, which is not registered")
         return decision, phase
+
+    def _is_usable(self, job: Job, decision: SchedulingDecision) -> bool:
+        return self.fleet.get(decision.plan.answering.instance_id) in self.fleet.with_room(job.lane)
+
+    async def _candidates_again(self, job: Job) -> list[ExecutionInstance]:
+        """Those with room, once something has changed."""
+        candidates: list[ExecutionInstance] = []
+        while not candidates:
+            woken = asyncio.get_running_loop().create_future()
+            self._unplaced.append(woken)
+            await woken
+            try:
+                candidates = list(affordable(job.request, self.fleet.with_room(job.lane), self.fleet))
+            except BudgetExhausted:
+                continue  # those that it can pay for have no room yet
+        return candidates
+
+    def _ask_again(self) -> None:
+        unplaced, self._unplaced = self._unplaced, []
+        for woken in unplaced:
+            if not woken.done():
+                woken.set_result(None)
 
     def _asked(self) -> str:
         if self.policy.places_itself:

@@ -17,6 +17,7 @@ from control_plane.admission import kind_of, validate_request
 from control_plane.clock import Clock, SystemClock
 from control_plane.engines import AnswerSink, OpenAICompatibleEngine, build_wire
 from control_plane.errors import ControlPlaneError, InstanceFailed, InstanceNotFound
+from control_plane.field_rules import wrong
 from control_plane.fleet import Fleet, HealthSettings, parse_models
 from control_plane.job import Job
 from control_plane.prediction import LatencyPredictor
@@ -68,9 +69,7 @@ class Attempt:
     def started(self, status: int, headers: Headers, call: Call) -> None:
         self.sent = True
         self.call = call
-        job = self.job
-        job.state = RequestStatus.RUNNING
-        job.sink.started(status, headers, call)
+        self.job.sink.started(status, headers, call)
 
     def tokens(self, n: int, first_s: float, last_s: float) -> None:
         job = self.job
@@ -249,7 +248,9 @@ class ExecutionCoordinator:
     def opened(self, attempt: Attempt) -> None:
         """An attempt takes its place on its instance."""
         job = attempt.job
-        self._running[job.request_id] = job.request
+        # an answer that is not streamed shows nothing before its end: it runs from here on, and not from the first byte
+        job.state = RequestStatus.RUNNING
+        self._running[job.request_id] = job.shown
         self.fleet.placed(attempt.instance, job.predicted_ms, job.phase)
 
     def closed(self, attempt: Attempt) -> None:
@@ -273,6 +274,10 @@ class ExecutionCoordinator:
             InstanceFailed: it could not be reached, broke off, or did not answer in time.
         """
         validate_request(request)
+        if not isinstance(instance, ExecutionInstance):
+            raise wrong("instance", instance, "an ExecutionInstance(...); get_instance(id) finds a registered one")
+        if not isinstance(decision, SchedulingDecision):
+            raise wrong("decision", decision, "a SchedulingDecision(...), as a policy's schedule answers")
         kind = kind_of(request)
         model = request.model_name or instance.model_name
         wire = build_wire(request, kind, model)

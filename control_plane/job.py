@@ -4,6 +4,8 @@ executor and manager; users see :class:`~control_plane.types.RequestMetadata` an
 
 from __future__ import annotations
 
+import copy
+from datetime import datetime
 from typing import NamedTuple
 
 from control_plane.protocols import Call, Sink, WireRequest
@@ -38,6 +40,7 @@ class Job:
         "last_token_s",
         "latest_start_s",
         "output_tokens",
+        "owner",
         "phase",
         "predicted_ms",
         "queued",
@@ -54,9 +57,14 @@ class Job:
         "wire",
     )
 
-    def __init__(self, request: RequestMetadata, lane: LaneKey, wire: WireRequest, sink: Sink, arrival_s: float) -> None:
+    def __init__(
+        self, request: RequestMetadata, lane: LaneKey, wire: WireRequest, sink: Sink, arrival_s: float, owner: RequestMetadata | None = None
+    ) -> None:
+        #: what everything here goes by
         self.request = request
-        #: kept here, since the request is its caller's object and may change under us
+        #: the object of a caller who may change it under us; ``request`` is a copy of it then
+        self.owner = owner
+        #: kept here too, since a ``request`` without a copy may change under us
         self.request_id = request.request_id
         #: fields of the request that its caller left open and the control plane filled in while it is live
         self.filled_in: tuple[str, ...] = ()
@@ -94,6 +102,18 @@ class Job:
         self.usage: Usage | None = None
         self.error: Exception | None = None
 
+    @property
+    def shown(self) -> RequestMetadata:
+        """The object that its caller knows."""
+        return self.request if self.owner is None else self.owner
+
+    def stamp(self, **times: datetime | None) -> None:
+        """Write times to the request, and to the caller's object while that is still this request."""
+        for name, moment in times.items():
+            setattr(self.request, name, moment)
+            if self.owner is not None and self.owner.request_id == self.request_id:
+                setattr(self.owner, name, moment)
+
     def fill_in(self, name: str, value: float | str | None) -> None:
         """Set a field that the caller left open, until :meth:`leave_open`."""
         setattr(self.request, name, value)
@@ -105,6 +125,15 @@ class Job:
         for name in self.filled_in:
             setattr(self.request, name, None)
         self.filled_in = ()
+
+    def forget_content(self) -> None:
+        """After its end: thousands are remembered, and the text of none is asked for again. A policy that still decides keeps its own."""
+        if self.owner is None:
+            return
+        self.request = copy.copy(self.request)
+        self.request.prompt, self.request.messages, self.request.input = "", None, None
+        self.request.extra_body = {}
+        self.owner = None
 
     @property
     def body_bytes(self) -> int:

@@ -7,6 +7,7 @@ through here.
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 from random import Random
 
@@ -27,7 +28,7 @@ from control_plane.executor import Attempt, ExecutionCoordinator
 from control_plane.fleet import PrefixIndex
 from control_plane.job import Job, LaneKey
 from control_plane.observability.metrics import MetricsRecorder
-from control_plane.policies import SchedulingPolicy
+from control_plane.policies import SchedulingPolicy, call_hook
 from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import EngineOutcome, EventSink, Sink, WireRequest
 from control_plane.queue import RequestQueue, set_key
@@ -106,22 +107,28 @@ class RequestLifecycle:
     ) -> Job:
         """Admit and queue one request; ``sink`` hears how it goes (maybe before this returns).
 
-        ``wire`` with an empty path is built from ``request`` once the model is known. ``request.request_id`` is made unique.
+        ``wire`` with an empty path is built from ``request`` once the model is known; then ``request`` is a user's own object, of which
+        a copy is taken: what was accepted holds, whatever becomes of the object. ``request.request_id`` is made unique.
         Raises what :meth:`submit_request` raises.
         """
+        owner = None
+        if not wire.path:
+            owner, request = request, copy.copy(request)
         try:
             if self.closed:
                 raise Draining("the control plane is stopping and takes no new requests")
             now_s = self._clock.now_s()
             lane = LaneKey(self._lane_model(model, wire) if self.running else model or "", kind, pinned)
             self._name(request)
-            job = Job(request, lane, wire, sink, now_s)
+            job = Job(request, lane, wire, sink, now_s, owner)
             self._take_in(job)
         except ControlPlaneError as error:
             self._metrics.on_refused(error, request)
             raise
-        request.arrival_time = request.queue_time = self._clock.utc(now_s)
-        request.schedule_time = request.start_time = request.end_time = None
+        if owner is not None:
+            owner.request_id = job.request_id
+        arrival = self._clock.utc(now_s)
+        job.stamp(arrival_time=arrival, queue_time=arrival, schedule_time=None, start_time=None, end_time=None)
         job.state = RequestStatus.QUEUED
         self.records.add(job)
         self._metrics.on_accepted(job)
@@ -145,7 +152,12 @@ class RequestLifecycle:
         self._estimate_input(job)
         wire = job.wire
         if not wire.path:
-            job.wire = build_wire(job.request, job.lane.kind, job.lane.model, stream=wire.stream)._replace(path="")
+            request = job.request
+            job.wire = build_wire(request, job.lane.kind, job.lane.model, stream=wire.stream)._replace(path="")
+            # it is built again once it is judged, and until then the caller may change what is inside, too
+            request.prompt, request.messages, request.input, request.extra_body = copy.deepcopy(
+                (request.prompt, request.messages, request.input, request.extra_body)
+            )
 
     def _estimate_input(self, job: Job) -> None:
         if job.request.input_tokens is None:
@@ -278,8 +290,8 @@ class RequestLifecycle:
         now_s = self._clock.now_s()
         job.scheduled_s = now_s
         job.attempts += 1
-        request = job.request
-        request.schedule_time = request.start_time = self._clock.utc(now_s)
+        now = self._clock.utc(now_s)
+        job.stamp(schedule_time=now, start_time=now)
         try:
             attempt = self._executor.start(job, decision, self)
         except ControlPlaneError as error:
@@ -287,7 +299,7 @@ class RequestLifecycle:
             return
         if not attempt.settled:
             self._attempts[job.request_id] = attempt
-            self._prefixes.sent(request, attempt.instance)
+            self._prefixes.sent(job.request, attempt.instance)
 
     def attempt_finished(self, attempt: Attempt, outcome: EngineOutcome) -> None:
         """The executor reports a good end."""
@@ -380,7 +392,7 @@ class RequestLifecycle:
     def _end(self, job: Job, state: RequestStatus) -> None:
         job.state = state
         job.end_s = self._clock.now_s()
-        job.request.end_time = self._clock.utc(job.end_s)
+        job.stamp(end_time=self._clock.utc(job.end_s))
         self.records.end(job)
 
     def end_failed(self, job: Job, error: ControlPlaneError) -> None:
@@ -403,13 +415,10 @@ class RequestLifecycle:
         if self._tells_policy:
             self._tell_policy(job)
         job.leave_open()
+        job.forget_content()
         if self.drained is not None and not self.records.live_count and not self.drained.done():
             self.drained.set_result(None)
 
     def _tell_policy(self, job: Job) -> None:
         policy = self.dispatcher.policy
-        try:
-            policy.on_request_completed(job.request, status_info(job))
-        except Exception as error:  # the user's own hook: its fault is said and harms nobody
-            message = f"on_request_completed of the scheduling policy {policy.name} failed: {error!r}"
-            self._events.event("policy_hook_failed", message, policy=policy.name)
+        call_hook(policy, "on_request_completed", self._events, job.request, status_info(job))

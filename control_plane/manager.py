@@ -13,6 +13,7 @@ from random import Random
 from types import TracebackType
 from typing import Any, Literal, overload
 
+from control_plane import field_rules
 from control_plane.admission import kind_of, validate_request
 from control_plane.clock import Clock, SystemClock
 from control_plane.dispatch import Dispatcher
@@ -26,7 +27,7 @@ from control_plane.observability.events import EventLog
 from control_plane.observability.metrics import MetricsRecorder
 from control_plane.parallelism import ParallelismOptimizer
 from control_plane.pd_routing import PDRoutingStrategy
-from control_plane.policies import SchedulingPolicy, create_policy
+from control_plane.policies import SchedulingPolicy, call_hook, create_policy
 from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import Sink, WireRequest
 from control_plane.queue import QueueState, RequestQueue
@@ -106,6 +107,11 @@ class ControlPlaneManager:
         clock: Clock | None = None,
         engine_factory: EngineFactory | None = None,
     ) -> None:
+        options = locals()
+        field_rules.check(options, field_rules.MANAGER, ConfigurationError)
+        for name, kind in (("pd_config", PDSeparationConfig), ("health", HealthSettings)):
+            if not isinstance(options[name], kind | None):
+                raise field_rules.wrong(name, options[name], f"a {kind.__name__}(...), or None for its defaults", ConfigurationError)
         if enable_auto_scaling:
             raise ConfigurationError(
                 "enable_auto_scaling=True: the autoscaler is not available yet; leave it False", param="enable_auto_scaling"
@@ -144,7 +150,7 @@ class ControlPlaneManager:
         self.parallelism_optimizer = ParallelismOptimizer()
         self.pd_router = PDRoutingStrategy(self.pd_config, self.predictor) if self.enable_pd_separation else None
         self.metrics = MetricsRecorder(self.clock, window_s=metrics_window_s, enabled_quantiles=enable_monitoring)
-        self._records = RequestRecords(history_max_requests, history_max_age_s)
+        self._records = RequestRecords(history_max_requests, history_max_age_s, self.clock)
         self._lifecycle = RequestLifecycle(
             clock=self.clock,
             queue=self.queue,
@@ -185,6 +191,8 @@ class ControlPlaneManager:
         #: SLO violations at the last ticks, so that the adaptive policy sees those of the last ten seconds
         self._violations: deque[int] = deque([0], maxlen=int(10 / TICK_S))
         self._tick_handle: asyncio.TimerHandle | None = None
+        #: a policy whose review raised
+        self._review_failed: SchedulingPolicy | None = None
 
     @classmethod
     def from_config(cls, source: Any, **overrides: Any) -> ControlPlaneManager:
@@ -265,8 +273,7 @@ class ControlPlaneManager:
         Before :meth:`start` it waits. Raises InvalidRequest (naming the field), ModelNotFound, QueueFull, BudgetExhausted,
         DeadlineUnreachable or Draining; then nothing is kept.
         """
-        self._accept_own(request, AnswerSink(), stream=False)
-        return request.request_id
+        return self._accept_own(request, AnswerSink(), stream=False).request_id
 
     def _accept_own(self, request: RequestMetadata, sink: Sink, *, stream: bool) -> Job:
         try:
@@ -275,7 +282,8 @@ class ControlPlaneManager:
             if request.request_id and request.request_id in self._records:
                 raise InvalidRequest(f"request_id {request.request_id!r} is already known; use a new one", param="request_id")
         except ControlPlaneError as error:
-            self.metrics.on_refused(error, request)
+            if isinstance(request, RequestMetadata):
+                self.metrics.on_refused(error, request)
             raise
         return self._lifecycle.accept(request, WireRequest("", b"", stream), sink, kind=kind, model=request.model_name)
 
@@ -299,6 +307,9 @@ class ControlPlaneManager:
                     yield event
                 elif text := delta_text(event):
                     yield text
+        except ControlPlaneError as error:
+            self.fail(job, error)  # what cannot be read failed; its caller did not give it up
+            raise
         finally:
             self.cancel(job)
 
@@ -352,6 +363,7 @@ class ControlPlaneManager:
         if lifecycle.running:
             return
         lifecycle.running = self._dispatcher.running = True
+        self.metrics.begin()
         await self.executor.initialize()
         lifecycle.judge_early()
         self._dispatcher.room()
@@ -393,7 +405,7 @@ class ControlPlaneManager:
         try:
             now_s = self.clock.now_s()
             self._limits.check(now_s)
-            self._records.forget_old(now_s)
+            self._records.forget_old()
             if self.scheduling_policy.relegates:
                 self.queue.relegate_due(now_s)
             self._instance_changed()
@@ -440,11 +452,7 @@ class ControlPlaneManager:
         self._dispatcher.room()
 
     def _tell_policy(self, policy: SchedulingPolicy, instance: ExecutionInstance) -> None:
-        try:
-            policy.on_instance_registered(instance)
-        except Exception as error:  # the user's own hook: its fault is said and harms nobody
-            message = f"on_instance_registered of the scheduling policy {policy.name} failed: {error!r}"
-            self.events.event("policy_hook_failed", message, policy=policy.name)
+        call_hook(policy, "on_instance_registered", self.events, instance)
 
     def update_routing_strategy(self, routing_strategy: str | RoutingStrategy | object) -> None:
         """Change placement at run time. Raises InvalidRequest for an unknown name."""
@@ -454,9 +462,16 @@ class ControlPlaneManager:
 
     def _review_policy(self) -> None:
         policy = self.scheduling_policy
-        if (why := policy.review(self._queue_state())) is not None:
-            self.queue.rekey(policy, self.fleet)
-            self.events.event("policy_switched", why, policy=policy.name)
+        if policy is self._review_failed:
+            return
+        try:
+            if (why := policy.review(self._queue_state())) is not None:
+                self.queue.rekey(policy, self.fleet)
+                self.events.event("policy_switched", why, policy=policy.name)
+        except Exception as error:  # the user's own: said once, not four times a second
+            self._review_failed = policy
+            message = f"review of the scheduling policy {policy.name} failed and is asked no more: {error!r}"
+            self.events.event("policy_hook_failed", message, policy=policy.name)
 
     def _queue_state(self) -> QueueState:
         usable = [instance for instance in self.fleet.instances() if instance.is_usable]
@@ -482,9 +497,14 @@ class ControlPlaneManager:
         """Requests on an engine now, by id (live)."""
         return self.executor.active_requests
 
+    @property
+    def queued_requests(self) -> int:
+        """Requests that are accepted and on no engine: in the queue, or being placed by a policy or router of the user's own."""
+        return self._lifecycle.waiting
+
     def get_metrics(self) -> PerformanceMetrics:
         """Counts since start; rates and quantiles over ``metrics_window_s``."""
-        return self.metrics.snapshot(self.fleet.instances(), queued=self._lifecycle.waiting, active=len(self.running_requests))
+        return self.metrics.snapshot(self.fleet.instances(), queued=self.queued_requests, active=len(self.running_requests))
 
     def get_pd_metrics(self) -> PDMetrics:
         """Prefill/decode separation: what was classed how, and where it went."""
@@ -506,7 +526,7 @@ class ControlPlaneManager:
             "scheduling_policy": self.scheduling_policy.name,
             "routing_strategy": self.router.name,
             "pd_separation": self.pd_router is not None,
-            "queued_requests": self._lifecycle.waiting,
+            "queued_requests": self.queued_requests,
             "active_requests": len(self.running_requests),
             "models": sorted(self.fleet.models()),
             "instances": [self.get_instance_metrics(instance.instance_id) for instance in self.fleet.instances()],

@@ -211,12 +211,12 @@ class RequestQueue:
 
     def __iter__(self) -> Iterator[RequestMetadata]:
         for job in self.jobs():
-            yield job.request
+            yield job.shown
 
     def __contains__(self, item: object) -> bool:
         if isinstance(item, Job):
             return item in self._numbers
-        return any(job.request is item for job in self._numbers)
+        return any(job.shown is item for job in self._numbers)
 
     def jobs(self) -> list[Job]:
         """A snapshot in the order of starting: by key, the relegated last."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 
+from control_plane.clock import Clock
 from control_plane.engines import AnswerSink, StreamSink, answer_output
 from control_plane.errors import RequestNotFound
 from control_plane.job import Job
@@ -16,13 +17,15 @@ FINAL_STATES = frozenset((RequestStatus.COMPLETED, RequestStatus.FAILED, Request
 class RequestRecords:
     """Jobs by request id. Ended ones are forgotten when there are more than ``max_ended`` or they are older than ``max_age_s``."""
 
-    def __init__(self, max_ended: int, max_age_s: float) -> None:
+    def __init__(self, max_ended: int, max_age_s: float, clock: Clock) -> None:
+        self._clock = clock
         self._live: dict[str, Job] = {}
         self._ended: OrderedDict[str, Job] = OrderedDict()
         self._max_ended = max_ended
         self._max_age_s = max_age_s
 
     def __contains__(self, request_id: str) -> bool:
+        self.forget_old()
         return request_id in self._live or request_id in self._ended
 
     def __len__(self) -> int:
@@ -49,8 +52,9 @@ class RequestRecords:
             if len(self._ended) > self._max_ended:
                 self._ended.popitem(last=False)
 
-    def forget_old(self, now_s: float) -> None:
+    def forget_old(self) -> None:
         """Drop what is older than the age bound."""
+        now_s = self._clock.now_s()
         while self._ended:
             oldest = next(iter(self._ended.values()))
             if now_s - oldest.end_s < self._max_age_s:
@@ -59,6 +63,7 @@ class RequestRecords:
 
     def get(self, request_id: str) -> Job:
         """Raises RequestNotFound for an unknown or forgotten id."""
+        self.forget_old()  # here too: no tick runs before the start and after a stop
         job = self._live.get(request_id) or self._ended.get(request_id)
         if job is None:
             raise RequestNotFound(f"no request {request_id!r} is known; finished ones are kept for a while only", param="request_id")

@@ -6,13 +6,14 @@ Times inside records are aware UTC datetimes; durations are milliseconds (``_ms`
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, field
 from datetime import datetime
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
+from control_plane import field_rules
 from control_plane.errors import InvalidRequest
 
 
@@ -100,6 +101,15 @@ class ParallelismType(StrEnum):
     EXPERT_PARALLEL = "ep"
     HYBRID = "hybrid"
 
+    @classmethod
+    def parse(cls, value: str) -> ParallelismType:
+        """A member or its value. Raises InvalidRequest naming the choices."""
+        try:
+            return cls(value)
+        except ValueError:
+            message = f"parallelism_hint {value!r} is not one of {', '.join(cls)}"
+            raise InvalidRequest(message, param="parallelism_hint") from None
+
 
 @dataclass(slots=True)
 class ParallelismConfig:
@@ -144,6 +154,9 @@ class PrefillingConfig:
     enable_chunked_prefill: bool = True
     max_chunk_size_tokens: int = 4096
 
+    def __post_init__(self) -> None:
+        field_rules.check(self, field_rules.PREFILLING)
+
 
 @dataclass(slots=True)
 class DecodingConfig:
@@ -157,6 +170,9 @@ class DecodingConfig:
     enable_prefix_caching: bool = True
     max_parallel_requests: int = 200
     kv_cache_memory_fraction: float = 0.85
+
+    def __post_init__(self) -> None:
+        field_rules.check(self, field_rules.DECODING)
 
 
 @dataclass(slots=True)
@@ -180,6 +196,11 @@ class PDSeparationConfig:
             raise InvalidRequest(
                 f"pd_config.routing_policy {self.routing_policy!r} is not one of adaptive, threshold", param="pd_config.routing_policy"
             )
+        field_rules.check(self, field_rules.PD_SEPARATION)
+        for role in ("prefilling", "decoding"):
+            least, most = getattr(self, f"{role}_min_instances"), getattr(self, f"{role}_max_instances")
+            if least > most:
+                raise field_rules.wrong(f"{role}_min_instances", least, f"at most {role}_max_instances, which is {most}")
 
 
 @dataclass(slots=True)
@@ -231,6 +252,8 @@ class RequestMetadata:
     def __post_init__(self) -> None:
         if type(self.priority) is not RequestPriority:
             self.priority = RequestPriority.parse(self.priority)
+        if self.parallelism_hint is not None and type(self.parallelism_hint) is not ParallelismType:
+            self.parallelism_hint = ParallelismType.parse(self.parallelism_hint)
 
     @property
     def tenant(self) -> str:
@@ -359,6 +382,8 @@ class ExecutionInstance:
             except ValueError:
                 names = ", ".join(ExecutionInstanceType)
                 raise InvalidRequest(f"instance_type {self.instance_type!r} is not one of {names}", param="instance_type") from None
+        field_rules.check(self, field_rules.INSTANCE)
+        self._check_the_rest(is_healthy)
         if self.url:
             parts = urlsplit(self.url if "//" in self.url else f"http://{self.url}")
             if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -368,21 +393,32 @@ class ExecutionInstance:
             except ValueError:
                 raise InvalidRequest(f"url {self.url!r} has no port between 0 and 65535", param="url") from None
             self.host = parts.hostname
-        if self.max_concurrent_requests is not None and self.max_concurrent_requests < 1:
-            raise InvalidRequest(
-                f"max_concurrent_requests {self.max_concurrent_requests} is below 1; leave it out for no cap",
-                param="max_concurrent_requests",
-            )
         if not self.instance_id:
             self.instance_id = f"{self.host}:{self.port}"
+        self.served_models = list(self.served_models)
         if self.served_models and not self.model_name:
             self.model_name = self.served_models[0]
         if self.model_name and self.model_name not in self.served_models:
             self.served_models = [self.model_name, *self.served_models]
         if self.decoding_config is not None and not self.decoding_config.enable_prefix_caching:
             self.engine.prefix_caching = False  # until its server tells otherwise
-        if isinstance(is_healthy, bool) and is_healthy is not _get_healthy(self):
+        if is_healthy is not None and is_healthy is not _get_healthy(self):
             _set_healthy(self, is_healthy)
+
+    def _check_the_rest(self, is_healthy: object) -> None:
+        """Fields whose right values are types of this module."""
+        if self.instance_id is not None and not isinstance(self.instance_id, str):
+            raise field_rules.wrong("instance_id", self.instance_id, "a string (empty: HOST:PORT)")
+        if not self.host and not self.url:
+            raise field_rules.wrong("host", self.host, "a name or an address")
+        if self.health_status not in tuple(HealthStatus):
+            raise field_rules.wrong("health_status", self.health_status, f"one of {', '.join(HealthStatus)}")
+        if is_healthy is not None and not isinstance(is_healthy, bool):
+            raise field_rules.wrong("is_healthy", is_healthy, "True or False")
+        for name, kind in (("prefilling_config", PrefillingConfig), ("decoding_config", DecodingConfig)):
+            if not isinstance(getattr(self, name), kind | None):
+                raise field_rules.wrong(name, getattr(self, name), f"a {kind.__name__}(...), or None for its defaults")
+        self.supported_request_types = _request_kinds(self.supported_request_types)
 
     @property
     def base_url(self) -> str:
@@ -447,6 +483,18 @@ class ExecutionInstance:
         if self.instance_type == ExecutionInstanceType.EMBEDDING:
             return kind not in (RequestKind.CHAT, RequestKind.COMPLETION)
         return True
+
+
+def _request_kinds(given: object) -> set[str] | None:
+    if given is None:
+        return None
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        kinds: set[Any] = {given}
+    else:
+        kinds = set(given)
+    if isinstance(given, str) or not kinds <= set(RequestKind):
+        raise field_rules.wrong("supported_request_types", given, f"a set of {', '.join(RequestKind)}, or None to ask the server")
+    return {RequestKind(kind) for kind in kinds}
 
 
 def _get_healthy(instance: ExecutionInstance) -> bool:

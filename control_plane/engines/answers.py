@@ -106,7 +106,8 @@ class StreamSink:
             waiter.set_result(None)
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
-        """Each JSON event as a dict. Raises the error that ended the stream, after the events that came before it."""
+        """Each JSON event as a dict. Raises the error that ended the stream, after the events that came before it, and
+        InstanceFailed at an event that is not JSON."""
         while True:
             while self._chunks:
                 events = parse_events(self._chunks.popleft())
@@ -126,18 +127,26 @@ class StreamSink:
     @property
     def text(self) -> str:
         """All that came of the first choice, read or not."""
-        unread = (delta_text(event) for chunk in self._chunks for event in parse_events(chunk))
+        unread: list[str] = []
+        for chunk in self._chunks:
+            try:
+                unread += map(delta_text, parse_events(chunk))
+            except InstanceFailed:
+                break
         return "".join((*self._texts, *unread))
 
 
 def parse_events(data: bytes) -> list[dict[str, Any]]:
-    """The JSON objects in whole server-sent events; ``[DONE]`` and comments are left out."""
+    """The JSON objects in whole server-sent events; ``[DONE]`` and comments are left out. Raises InstanceFailed for other data."""
     found = []
     for line in data.splitlines():
         if line.startswith(b"data:"):
             text = line[5:].strip()
             if text and text != b"[DONE]":
-                decoded = _decode(text)
+                try:
+                    decoded = _decode(text)
+                except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                    raise InstanceFailed(f"the engine's stream brought an event that is not JSON: {error}", retryable=False) from None
                 if isinstance(decoded, dict):
                     found.append(decoded)
     return found

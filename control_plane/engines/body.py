@@ -36,7 +36,17 @@ def build_wire(request: RequestMetadata, kind: RequestKind, model: str, *, strea
     try:
         return WireRequest(path, msgspec.json.encode(body), stream)
     except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"the request cannot be written as JSON: {error}", param="extra_body") from None
+        raise InvalidRequest(f"the request cannot be written as JSON: {error}", param=_unwritable(body, request)) from None
+
+
+def _unwritable(body: dict[str, Any], request: RequestMetadata) -> str:
+    """The field of the request that is at fault when ``body`` is no JSON."""
+    for name, value in body.items():
+        try:
+            msgspec.json.encode(value)
+        except (TypeError, ValueError):
+            return "model_name" if name == "model" else name if name not in request.extra_body else "extra_body"
+    return "extra_body"
 
 
 def _content(request: RequestMetadata, kind: RequestKind) -> dict[str, Any]:

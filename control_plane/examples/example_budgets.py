@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 
 from control_plane import BudgetExhausted, ControlPlaneManager, ExecutionInstance, RequestMetadata
-from control_plane.examples.local import simulated_engines
+from control_plane.examples.local import ready, simulated_engines
 
 
 async def main() -> None:
@@ -21,6 +21,7 @@ async def main() -> None:
             ExecutionInstance(instance_id="l40s", url=slow.url, profile="l40s-llama3-8b", price_per_gpu_hour_usd=0.79)
         )
         manager.register_instance(ExecutionInstance(instance_id="h100", url=fast.url, profile="h100-llama3-8b", price_per_gpu_hour_usd=9.0))
+        await ready(manager)  # else the first request goes to whichever server tells its model first
         for words, deadline_ms in (("no deadline", None), ("within 2 s", 2_000.0)):
             request = RequestMetadata(prompt="word " * 200, max_tokens=200, slo_deadline_ms=deadline_ms)
             status = await manager.result(await manager.submit_request(request))

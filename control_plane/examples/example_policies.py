@@ -6,6 +6,7 @@ Run:  python -m control_plane.examples.example_policies
 from __future__ import annotations
 
 import asyncio
+from datetime import datetime
 
 from control_plane import ControlPlaneManager, ExecutionInstance, RequestMetadata
 from control_plane.examples.local import simulated_engines
@@ -26,22 +27,22 @@ async def order_under(policy: str) -> list[str]:
     async with simulated_engines(1, speed=50.0) as (engine,):
         manager = ControlPlaneManager(scheduling_policy=policy)
         manager.register_instance(ExecutionInstance(url=engine.url, model_name=engine.model_name, max_concurrent_requests=1))
-        for name, priority, deadline_ms, tokens in ARRIVALS:  # before the start, so that all of them wait
-            await manager.submit_request(
-                RequestMetadata(
-                    request_id=name,
-                    prompt=f"This is the {name}.",
-                    priority=priority,  # type: ignore[arg-type]
-                    slo_deadline_ms=deadline_ms,
-                    max_tokens=tokens,
-                    extra_body={"ignore_eos": True},
-                )
+        requests = [
+            RequestMetadata(
+                request_id=name,
+                prompt=f"This is the {name}.",
+                priority=priority,  # type: ignore[arg-type]
+                slo_deadline_ms=deadline_ms,
+                max_tokens=tokens,
+                extra_body={"ignore_eos": True},
             )
+            for name, priority, deadline_ms, tokens in ARRIVALS
+        ]
+        for request in requests:  # before the start, so that all of them wait
+            await manager.submit_request(request)
         async with manager:
-            ended = [await manager.result(name) for name, *_ in ARRIVALS]
-        assert all(one.state == "completed" for one in ended)
-        started = {one.request_id: one.timings.queue_ms for one in ended if one.timings is not None}
-        return sorted(started, key=lambda name: started[name] or 0.0)
+            assert all([await manager.result(request.request_id) == "completed" for request in requests])
+        return [request.request_id for request in sorted(requests, key=lambda request: request.start_time or datetime.max)]
 
 
 async def main() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from control_plane.clock import Clock
 from control_plane.errors import EngineError, InstanceFailed, InstanceNotFound, InvalidRequest
+from control_plane.field_rules import wrong
 from control_plane.fleet.health import HealthMonitor
 from control_plane.fleet.in_flight import count_in, count_out, role_has_room
 from control_plane.fleet.outliers import Failure, classify
@@ -121,6 +122,8 @@ class Fleet:
 
     def add(self, instance: ExecutionInstance) -> None:
         """Register it; the same object again is no change. Raises InvalidRequest when another one has its id."""
+        if not isinstance(instance, ExecutionInstance):
+            raise wrong("instance", instance, "an ExecutionInstance(...)")
         known = self._records.get(instance.instance_id)
         if known is not None:
             if known.instance is instance:

@@ -56,7 +56,7 @@ class HealthSettings:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if value < 0 or (value == 0 and field.name not in ("jitter", "monitoring")):
+            if not isinstance(value, int | float) or value < 0 or (value == 0 and field.name not in ("jitter", "monitoring")):
                 raise ConfigurationError(f"health.{field.name} {value!r} is not above 0", param=f"health.{field.name}")
             if value > 1 and field.name in ("jitter", "error_rate_to_eject"):
                 raise ConfigurationError(f"health.{field.name} {value!r} is a share and not above 1", param=f"health.{field.name}")

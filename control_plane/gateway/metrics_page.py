@@ -13,7 +13,7 @@ def make_exporter(manager: ControlPlaneManager, loop_lag: LoopLag | None = None)
     def read() -> Readings:
         return Readings(
             instances=manager.fleet.instances(),
-            queued_requests=len(manager.queue),
+            queued_requests=manager.queued_requests,
             queued_bytes=manager.queue.bytes,
             running_requests=len(manager.running_requests),
             scheduling_policy=manager.scheduling_policy.name,

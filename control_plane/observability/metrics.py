@@ -94,6 +94,10 @@ class MetricsRecorder:
         self.output_tokens = 0
         self.cost_usd = 0.0
 
+    def begin(self) -> None:
+        """The control plane starts: its uptime counts from here, unless something has ended before."""
+        self._window.begin(self._clock.now_s())
+
     def on_accepted(self, job: Job) -> None:
         self._cell(job).accepted += 1
 

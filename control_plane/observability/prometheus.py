@@ -108,6 +108,11 @@ class PrometheusExporter(Collector):
             for one in instances:
                 family.add_metric([one.instance_id], read(one))
             yield family
+        measured = GaugeMetricFamily("control_plane_instance_gpu_utilization", "As its owner measured it.", labels=["instance_id"])
+        for one in instances:
+            if one.gpu_utilization is not None:
+                measured.add_metric([one.instance_id], one.gpu_utilization)
+        yield measured
         info = InfoMetricFamily("control_plane_instance", "Model, role and health of an instance.", labels=["instance_id"])
         for one in instances:
             told = {"model": one.model_name, "instance_type": str(one.instance_type), "health_status": str(one.health_status)}

@@ -46,6 +46,14 @@ class Window:
         #: monotonic time from which on ``current`` may not be written to before :meth:`advance`
         self.current_ends_s = now_s + self._slot_s
 
+    def begin(self, now_s: float) -> None:
+        """The time covered begins now if there is nothing in it yet."""
+        total = self.total()
+        if not total.completed and not total.judged:
+            self._slots.clear()
+            self._begin_s = now_s
+            self.current_ends_s = now_s + self._slot_s
+
     def advance(self, now_s: float) -> None:
         """Close slots until ``now_s`` lies in the current one."""
         behind = int((now_s - self.current_ends_s) / self._slot_s) + 1 if now_s >= self.current_ends_s else 0

@@ -9,6 +9,7 @@ from control_plane.policies.cost_optimized import CostOptimizedPolicy
 from control_plane.policies.decision import make_decision
 from control_plane.policies.fifo import FIFOPolicy
 from control_plane.policies.foreign import ForeignPolicy
+from control_plane.policies.hooks import call_hook
 from control_plane.policies.priority import PriorityPolicy
 from control_plane.policies.slo_aware import SLOAwarePolicy
 
@@ -24,6 +25,7 @@ __all__ = [
     "PriorityPolicy",
     "SLOAwarePolicy",
     "SchedulingPolicy",
+    "call_hook",
     "create_policy",
     "make_decision",
 ]

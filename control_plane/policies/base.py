@@ -28,7 +28,8 @@ PlaceWith = Callable[[RequestMetadata, list[ExecutionInstance], float], Scheduli
 
 class SchedulingPolicy:
     """First come, first served, unless a subclass says otherwise. A subclass overrides ``key`` (and where it wants ``narrow``,
-    ``slack_s``), or the seed's coroutine ``schedule`` alone: then it places each request itself, in order of arrival.
+    ``slack_s``), or the seed's coroutine ``schedule`` alone: then it places each request itself, in order of arrival. One that overrides
+    ``get_next_request`` is asked for the next request among all that could start, each time one may start.
 
     A manager sets ``view_of`` (the view over given instances) and ``place_with`` (its dispatcher's decision), so that ``schedule``
     answers as dispatch would; without them it reads the instances as given and balances load.
@@ -77,6 +78,12 @@ class SchedulingPolicy:
     def places_itself(self) -> bool:
         """True when the subclass brings a ``schedule`` of its own: what that answers is where a request goes."""
         return type(self).schedule is not SchedulingPolicy.schedule
+
+    @property
+    def picks_next(self) -> bool:
+        """True when the subclass brings a ``get_next_request`` of its own: what that answers starts next."""
+        own = self.get_next_request
+        return getattr(own, "__func__", own) is not SchedulingPolicy.get_next_request
 
     async def schedule(self, request: RequestMetadata, instances: list[ExecutionInstance]) -> SchedulingDecision:
         """Where ``request`` would go now, of ``instances``, and why. Raises NoInstanceAvailable (none given, none usable),

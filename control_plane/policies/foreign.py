@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from control_plane.errors import InvalidRequest
@@ -10,8 +11,8 @@ from control_plane.types import ExecutionInstance, RequestMetadata, SchedulingDe
 
 
 class ForeignPolicy(SchedulingPolicy):
-    """Wraps an object with a coroutine ``schedule(request, instances)``: first come, first served, placed as it decides. The hooks that
-    it has are called too."""
+    """Wraps an object with a coroutine ``schedule(request, instances)``: first come, first served, placed as it decides, or in
+    the order of its ``get_next_request`` where it has one. The hooks that it has are called too."""
 
     def __init__(self, policy: Any) -> None:
         if not callable(getattr(policy, "schedule", None)):
@@ -21,10 +22,11 @@ class ForeignPolicy(SchedulingPolicy):
             )
         self.policy = policy
         self.name = getattr(policy, "name", None) or type(policy).__name__
-        for hook in ("on_request_completed", "on_instance_registered"):
+        for hook in ("get_next_request", "on_request_completed", "on_instance_registered"):
             if callable(getattr(policy, hook, None)):
                 setattr(self, hook, getattr(policy, hook))
 
     async def schedule(self, request: RequestMetadata, instances: list[ExecutionInstance]) -> SchedulingDecision:
-        decision: SchedulingDecision = await self.policy.schedule(request, instances)
+        answer = self.policy.schedule(request, instances)
+        decision: SchedulingDecision = await answer if inspect.isawaitable(answer) else answer
         return decision

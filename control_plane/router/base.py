@@ -8,10 +8,12 @@ so.
 from __future__ import annotations
 
 import heapq
+import inspect
 from collections.abc import Sequence
 from random import Random
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from control_plane.errors import ConfigurationError
 from control_plane.protocols import FleetView
 from control_plane.types import Candidate, ExecutionInstance, RequestMetadata
 
@@ -33,8 +35,13 @@ class Placement(NamedTuple):
 class RoutingStrategy:
     """A subclass implements ``place``, or only the seed's coroutine ``select_instance``."""
 
-    #: as in the table and in decisions
+    #: as in the table and in decisions; a subclass that sets none is called by its class's name
     name: str = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = cls.__name__
 
     def place(self, request: RequestMetadata, candidates: Sequence[ExecutionInstance], view: FleetView) -> Placement:
         """One of ``candidates`` (not empty; all usable and with room). Reads the view, changes nothing but its own counters."""
@@ -49,6 +56,32 @@ class RoutingStrategy:
     def selects_async(self) -> bool:
         """True when the subclass brings only ``select_instance``: it is awaited instead of ``place``."""
         return type(self).place is RoutingStrategy.place
+
+
+def placement_of(
+    answer: object, request: RequestMetadata, candidates: Sequence[ExecutionInstance], view: FleetView, name: str
+) -> Placement:
+    """What the user's own ``place`` answered: a Placement, one of the candidates, or its id. Raises ConfigurationError for others."""
+    if isinstance(answer, Placement):
+        return answer
+    return record_around(request, chosen_of(answer, candidates, name), candidates, view, f"chosen by {name}")
+
+
+def chosen_of(answer: object, candidates: Sequence[ExecutionInstance], name: str) -> ExecutionInstance:
+    for instance in candidates:
+        if answer is instance or answer == instance.instance_id:
+            return instance
+    shown = getattr(answer, "instance_id", answer)
+    raise ConfigurationError(f"the router {name} chose {shown!r}, which is not among the candidates", param="routing_strategy")
+
+
+def accepts_phase(select: Any) -> bool:
+    """Whether a ``select_instance`` of the user's own takes the phase; it may do without."""
+    try:
+        inspect.signature(select).bind(None, None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def work_ms(request: RequestMetadata, candidates: Sequence[ExecutionInstance], view: FleetView) -> tuple[list[float], list[float]]:

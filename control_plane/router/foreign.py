@@ -6,9 +6,9 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from control_plane.errors import ConfigurationError, InvalidRequest
+from control_plane.errors import InvalidRequest
 from control_plane.protocols import FleetView
-from control_plane.router.base import Placement, RoutingStrategy, record_around
+from control_plane.router.base import Placement, RoutingStrategy, accepts_phase, chosen_of, placement_of
 from control_plane.types import ExecutionInstance, RequestMetadata
 
 
@@ -27,7 +27,7 @@ class ForeignStrategy(RoutingStrategy):
             )
         self.router = router
         self.name = getattr(router, "name", None) or type(router).__name__
-        self._takes_phase = callable(self._select) and _accepts_phase(self._select)
+        self._takes_phase = callable(self._select) and accepts_phase(self._select)
 
     @property
     def selects_async(self) -> bool:
@@ -35,9 +35,7 @@ class ForeignStrategy(RoutingStrategy):
 
     def place(self, request: RequestMetadata, candidates: Sequence[ExecutionInstance], view: FleetView) -> Placement:
         answer = self._place(request, candidates, view)  # type: ignore[misc]
-        if isinstance(answer, Placement):
-            return answer
-        return record_around(request, self._found(answer, candidates), candidates, view, f"chosen by {self.name}")
+        return placement_of(answer, request, candidates, view, self.name)
 
     async def select_instance(
         self, request: RequestMetadata, available_instances: Sequence[ExecutionInstance], phase: str | None = None
@@ -45,19 +43,4 @@ class ForeignStrategy(RoutingStrategy):
         if not callable(self._select):
             return await super().select_instance(request, available_instances, phase)
         answer = self._select(request, available_instances, *((phase,) if self._takes_phase else ()))
-        return self._found(await answer if inspect.isawaitable(answer) else answer, available_instances)
-
-    def _found(self, answer: object, candidates: Sequence[ExecutionInstance]) -> ExecutionInstance:
-        for instance in candidates:
-            if answer is instance or answer == instance.instance_id:
-                return instance
-        shown = getattr(answer, "instance_id", answer)
-        raise ConfigurationError(f"the router {self.name} chose {shown!r}, which is not among the candidates", param="routing_strategy")
-
-
-def _accepts_phase(select: Any) -> bool:
-    try:
-        inspect.signature(select).bind(None, None, None)
-    except TypeError:
-        return False
-    return True
+        return chosen_of(await answer if inspect.isawaitable(answer) else answer, available_instances, self.name)

@@ -9,7 +9,7 @@ from control_plane.admission import eligible
 from control_plane.pd_routing import for_phase
 from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import FleetView
-from control_plane.router.base import Placement, RoutingStrategy
+from control_plane.router.base import Placement, RoutingStrategy, accepts_phase, placement_of
 from control_plane.router.table import create_strategy
 from control_plane.types import ExecutionInstance, RequestMetadata
 from control_plane.view import StaticView
@@ -27,6 +27,7 @@ class RequestRouter(RoutingStrategy):
     def __init__(self, strategy: object = "load_balanced", *, rng: Random | None = None, view_factory: ViewFactory | None = None) -> None:
         self._strategy = create_strategy(strategy, rng)
         self._view_of = view_factory if view_factory is not None else self._static_view
+        self._takes_phase = accepts_phase(self._strategy.select_instance)
         self._predictor = LatencyPredictor()
 
     @property
@@ -43,7 +44,8 @@ class RequestRouter(RoutingStrategy):
         return overridden or self._strategy.selects_async
 
     def place(self, request: RequestMetadata, candidates: Sequence[ExecutionInstance], view: FleetView) -> Placement:
-        return self._strategy.place(request, candidates, view)
+        answer = self._strategy.place(request, candidates, view)
+        return answer if type(answer) is Placement else placement_of(answer, request, candidates, view, self.name)
 
     async def select_instance(
         self, request: RequestMetadata, available_instances: Sequence[ExecutionInstance], phase: str | None = None
@@ -54,8 +56,9 @@ class RequestRouter(RoutingStrategy):
         if phase is not None:
             candidates = for_phase(phase, candidates)[0] or candidates
         if self._strategy.selects_async:
-            return await self._strategy.select_instance(request, candidates, phase)
-        return self._strategy.place(request, candidates, self._view_of(available_instances)).instance
+            given = (phase,) if self._takes_phase else ()
+            return await self._strategy.select_instance(request, candidates, *given)
+        return self.place(request, candidates, self._view_of(available_instances)).instance
 
     def _static_view(self, instances: Sequence[ExecutionInstance]) -> FleetView:
         return StaticView(instances, predictor=self._predictor)

@@ -83,6 +83,16 @@ def test_the_page_holds_what_was_counted(exporter: PrometheusExporter) -> None:
     assert found["process_open_fds", ()] > 0
 
 
+def test_gpu_utilization_is_there_where_somebody_measures(
+    exporter: PrometheusExporter, instance: ExecutionInstance, clock: ManualClock
+) -> None:
+    series = ("control_plane_instance_gpu_utilization", (("instance_id", "a"),))
+    assert series not in samples(exporter.render()[1])
+    instance.gpu_utilization = 0.6
+    clock.advance(2.0)
+    assert samples(exporter.render()[1])[series] == 0.6
+
+
 def test_every_family_has_help_and_a_plain_name(exporter: PrometheusExporter) -> None:
     families = [family for family in parse_text(exporter.render()[1].decode()) if family.name.startswith("control_plane")]
     names = [family.name for family in families]

@@ -110,7 +110,7 @@ class TestExecutor:
         assert instance.active_requests == 2
         world.open[1].answer(b'{"choices":[{"text":"direct"}]}')
         assert (await direct)["choices"][0]["text"] == "direct"
-        assert await world.state("both") == "scheduled"
+        assert await world.state("both") == "running"
         assert list(world.manager.running_requests) == ["both"]
         world.open[0].answer()
         assert (await world.status("both")).output == "ok"

@@ -194,9 +194,9 @@ class TestEnds:
         await world.submit("early")
         assert await world.manager.cancel_request("early") is True
         await world.manager.start()
-        await world.submit("scheduled")
+        await world.submit("sent")
         await world.submit("queued")
-        for name in ("queued", "scheduled"):
+        for name in ("queued", "sent"):
             assert await world.manager.cancel_request(name) is True
             assert await world.manager.cancel_request(name) is False
         await world.submit("running")
@@ -206,7 +206,7 @@ class TestEnds:
         await world.submit("done")
         world.open[0].answer()
         assert await world.manager.cancel_request("done") is False
-        for name in ("early", "queued", "scheduled", "running"):
+        for name in ("early", "queued", "sent", "running"):
             status = await world.status(name)
             assert (status.state, status.error.code) == ("cancelled", "cancelled")  # type: ignore[union-attr]
         assert await world.state("done") == "completed"
@@ -247,10 +247,14 @@ class TestHistory:
         world.manager.clock.advance(6.0)  # type: ignore[attr-defined]
         await world.submit("young")
         world.manager.clock.advance(6.0)  # type: ignore[attr-defined]
-        await asyncio.sleep(0.3)
         with pytest.raises(RequestNotFound):
             await world.state("old")
         assert await world.state("young") == "completed"
+        await world.manager.stop()
+        assert await world.state("young") == "completed"
+        world.manager.clock.advance(6.0)  # type: ignore[attr-defined]
+        with pytest.raises(RequestNotFound):
+            await world.state("young")
 
     async def test_none_are_kept(self) -> None:
         world = World("a", history_max_requests=0)

@@ -61,9 +61,9 @@ class TestOptions:
         assert (len(world.open_on("p")), len(world.open_on("d"))) == (2, 3)
         for n in range(4):
             await world.submit(f"short{n}")
-        assert [await world.state(f"short{n}") for n in range(4)] == ["scheduled"] * 3 + ["queued"]
+        assert [await world.state(f"short{n}") for n in range(4)] == ["running"] * 3 + ["queued"]
         world.open_on("d")[-1].answer()
-        assert await world.state("short3") == "scheduled"
+        assert await world.state("short3") == "running"
 
     async def test_target_latency_is_the_tpot_target_of_a_request_that_has_none(self, make: Make) -> None:
         clock = ManualClock(now_s=50.0)
@@ -154,7 +154,7 @@ class TestOptions:
                 await world.submit("too much", prompt="x" * 1500)
             assert full.value.code == "queue_full"  # type: ignore[attr-defined]
             await world.manager.start()
-            if await world.state("early") == "scheduled" and not len(world.manager.pending_queue):
+            if await world.state("early") == "running" and not len(world.manager.pending_queue):
                 await world.submit("waits", prompt="x" * 1500)
 
 
@@ -220,6 +220,19 @@ class TestMetrics:
         clock.advance(200.0)
         later = world.manager.get_metrics()
         assert (later.completed_requests, later.requests_per_second, later.p99_latency_ms) == (5, 0.0, 0.0)
+
+    async def test_the_uptime_begins_at_the_start(self, make: Make) -> None:
+        clock = ManualClock(now_s=100.0)
+        world = make("a", answer=True, clock=clock)
+        clock.advance(30.0)
+        await world.manager.start()
+        await world.submit("r")
+        clock.advance(10.0)
+        assert world.manager.get_metrics().requests_per_second == pytest.approx(0.1)
+        await world.manager.stop()
+        clock.advance(10.0)
+        await world.manager.start()
+        assert world.manager.get_metrics().requests_per_second == pytest.approx(0.05), "it goes on counting"
 
     async def test_a_failed_or_refused_request_with_a_target_is_a_violation(self, make: Make) -> None:
         clock = ManualClock(now_s=100.0)

@@ -22,6 +22,7 @@ from control_plane import (
     SchedulingPolicy,
 )
 from control_plane.errors import ConfigurationError
+from control_plane.gateway.metrics_page import make_exporter
 from control_plane.protocols import FleetView
 from control_plane.router import Placement
 
@@ -77,9 +78,9 @@ class TestPolicies:
             await world.manager.start()
             status = await world.status("bad")
             assert (status.state, status.error.code) == ("failed", "configuration_error")  # type: ignore[union-attr]
-            assert await world.state("before") == "scheduled"
+            assert await world.state("before") == "running"
         await world.submit("good")
-        assert await world.state("good") == "scheduled"
+        assert await world.state("good") == "running"
 
     async def test_one_that_fails_at_the_change_changes_nothing(self, make: Make) -> None:
         world = make("a", scheduling_policy="priority")
@@ -117,7 +118,7 @@ class TestPolicies:
                 await world.submit(f"r{n}")
             world.open[0].answer()
             ends = [await world.state(f"r{n}") for n in range(3)]
-            assert ends == ["completed", "failed", "scheduled"]
+            assert ends == ["completed", "failed", "running"]
         world.manager.update_policy("fifo")
         await world.submit("later")
         while world.open:
@@ -299,7 +300,7 @@ class TestRequestsChangedUnderWay:
         request = RequestMetadata(request_id="mine", prompt="x")
         await world.manager.submit_request(request)
         request.request_id, request.prompt, request.max_tokens = "another", "y", None
-        assert await world.state("mine") == "scheduled"
+        assert await world.state("mine") == "running"
         waiter = asyncio.ensure_future(world.manager.result("mine"))
         await asyncio.sleep(0)
         world.open[0].answer()
@@ -318,6 +319,40 @@ class TestRequestsChangedUnderWay:
         await world.manager.submit_request(request)
         messages[0]["content"] = request.model_name = "changed"
         world.open[0].answer()
+        assert b"as it was" in world.open[0].wire.body
+        assert b"changed" not in world.open[0].wire.body
+
+    @pytest.mark.parametrize("started", [False, True])
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [("priority", "urgent"), ("slo_deadline_ms", "soon"), ("max_tokens", "x"), ("cost_budget", "x"), ("extra_body", None)],
+    )
+    async def test_whatever_is_set_on_it_what_was_accepted_runs_and_is_counted(
+        self, make: Make, started: bool, field: str, value: object
+    ) -> None:
+        world = make("a")
+        page = make_exporter(world.manager)
+        if started:
+            await world.manager.start()
+        request = RequestMetadata(request_id="r", prompt="x", priority=RequestPriority.LOW)
+        await world.manager.submit_request(request)
+        setattr(request, field, value)
+        assert started or list(world.manager.pending_queue) == [request]
+        world.manager.update_policy("priority")
+        await world.manager.start()
+        assert world.manager.running_requests["r"] is request
+        world.open[0].answer()
+        assert await world.state("r") == "completed"
+        assert world.manager.explain("r")["priority"] == "low"
+        assert world.manager.get_metrics().completed_requests == 1
+        assert 'outcome="completed",priority="low"} 1.0' in page.render()[1].decode()
+
+    async def test_inside_before_the_start_too(self, make: Make) -> None:
+        world = make("a")
+        messages, stop = [{"role": "user", "content": "as it was"}], ["\n"]
+        await world.manager.submit_request(RequestMetadata(messages=messages, extra_body={"stop": stop}))
+        messages[0]["content"], stop[0] = "changed", "changed"
+        await world.manager.start()
         assert b"as it was" in world.open[0].wire.body
         assert b"changed" not in world.open[0].wire.body
 
@@ -373,6 +408,17 @@ class TestStreamsLeft:
         del task
         await until(lambda: world.engines["a"].calls[0].cancelled)
         assert await world.state("s") == "cancelled"
+
+    async def test_an_event_that_is_not_json_fails_it(self, make: Make) -> None:
+        world = make("a")
+        stream, first = await self.begin(world)
+        world.open[0].begin()
+        assert await first == "o"
+        world.open[0].sink.chunk(b"data: {not json}\n\n")
+        with pytest.raises(InstanceFailed, match="not JSON"):
+            await anext(stream)
+        assert await world.state("s") == "failed", "its caller did not give it up"
+        assert world.open == []
 
     async def test_cancelled_by_its_id_it_raises(self, make: Make) -> None:
         world = make("a")

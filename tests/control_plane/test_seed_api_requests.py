@@ -150,9 +150,10 @@ class TestSubmitting:
     async def test_what_cannot_be_written_as_json_is_refused_before_and_after_the_start(self, make: Make) -> None:
         world = make("a")
         for _ in range(2):
-            for wrong in ({"extra_body": {"x": object()}}, {"prompt": "\ud800"}):
-                with pytest.raises(InvalidRequest, match="JSON"):
+            for wrong in ({"extra_body": {"x": object()}}, {"prompt": "\ud800"}, {"input": ["\ud800"]}):
+                with pytest.raises(InvalidRequest, match="JSON") as refused:
                     await world.submit("r", **wrong)
+                assert refused.value.param == next(iter(wrong))
             await world.manager.start()
         assert len(world.manager.pending_queue) == 0
 
@@ -305,7 +306,7 @@ class TestStatus:
         world = make("a")
         await world.manager.start()
         await world.submit("r")
-        assert await world.state("r") == "scheduled"
+        assert await world.state("r") == "running"
         world.open[0].answer(b'{"choices":[{"text":"yes"},{"text":"no"}],"x":1}', tokens=4)
         status = await world.status("r")
         assert status == RequestStatus.COMPLETED
