@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Callable
 
 from control_plane.admission import affordable, preferred
@@ -17,7 +18,7 @@ from control_plane.fleet import Fleet
 from control_plane.job import Job, LaneKey
 from control_plane.pd_routing import PDRoutingStrategy
 from control_plane.policies import SchedulingPolicy, make_decision
-from control_plane.queue import RequestQueue
+from control_plane.queue import RequestQueue, set_key
 from control_plane.router import RoutingStrategy
 from control_plane.types import (
     ExecutionInstance,
@@ -64,6 +65,8 @@ class Dispatcher:
         self._fail = fail
         self._queue_timeout_s = queue_timeout_s
         self._placing: set[asyncio.Task[None]] = set()
+        #: how many of them by model: one whose placing takes long holds up no other model
+        self._placing_of: Counter[str] = Counter()
 
     # ---- what happened
 
@@ -76,7 +79,9 @@ class Dispatcher:
         """An instance may have room now (one request ended there, it came up, its cap grew). None: look at all lanes."""
         if not self.running or not len(self.queue):
             return
-        lanes = list(self.queue.lanes)
+        lanes = self.queue.lanes
+        if instance is not None:
+            lanes = [lane for lane in lanes if _may_serve(instance, lane)]
         if len(lanes) > 1:
             # the lane whose head is most urgent first; a lane that cannot be served does not hold up the others
             lanes.sort(key=self._head_key)
@@ -86,6 +91,13 @@ class Dispatcher:
     def _head_key(self, lane: LaneKey) -> tuple[float, int]:
         head = self.queue.head(lane)
         return (head.key, head.seq) if head is not None else (math.inf, 0)
+
+    def put_back(self, job: Job) -> None:
+        """Queue it again with its old key; with a new one where the order was changed meanwhile. Raises ConfigurationError."""
+        if job.order != self.queue.order:
+            set_key(job, self.policy, self.fleet)
+            job.order = self.queue.order
+        self.queue.requeue(job)
 
     # ---- deciding
 
@@ -98,11 +110,13 @@ class Dispatcher:
         self, request: RequestMetadata, candidates: list[ExecutionInstance], key: float, arrival_s: float | None = None
     ) -> tuple[SchedulingDecision, ExecutionInstanceType | None]:
         fleet = self.fleet
-        candidates = preferred(request, candidates, fleet)
+        given, candidates = candidates, preferred(request, candidates, fleet)
         candidates = self.policy.narrow(request, candidates, fleet, arrival_s) or candidates
         role, phase = ExecutionInstanceType.GENERAL, None
         if self.pd_router is not None:
-            phase, candidates, _ = self.pd_router.narrow(request, candidates)
+            phase, fit, _ = self.pd_router.narrow(request, candidates)
+            # what is preferred or cheapest is no reason to wait when its role is full
+            candidates = fit or self.pd_router.narrow(request, given)[1]
             role = phase
             if not candidates:
                 raise NoInstanceAvailable("every instance for this phase is at its limit")
@@ -195,18 +209,25 @@ class Dispatcher:
 
     def _place_in_task(self, job: Job, candidates: list[ExecutionInstance]) -> bool:
         """False: as many are being placed already as there is room for."""
+        model = job.lane.model
         free = sum(instance.concurrency_limit - instance.active_requests for instance in candidates)
-        if len(self._placing) >= free:
+        if self._placing_of[model] >= free:
             return False
         self.queue.pop(job, self.fleet.now_s)
+        if job.own_lane is not None:
+            job.lane, job.own_lane = job.own_lane, None
         job.state = RequestStatus.SCHEDULED
         task = asyncio.get_running_loop().create_task(self._ask(job, candidates))
         self._placing.add(task)
-        task.add_done_callback(self._placed)
+        self._placing_of[model] += 1
+        task.add_done_callback(lambda task: self._placed(task, model))
         return True
 
-    def _placed(self, task: asyncio.Task[None]) -> None:
+    def _placed(self, task: asyncio.Task[None], model: str) -> None:
         self._placing.discard(task)
+        self._placing_of[model] -= 1
+        if not self._placing_of[model]:
+            del self._placing_of[model]
         self.room()
 
     async def _ask(self, job: Job, candidates: list[ExecutionInstance]) -> None:
@@ -220,8 +241,23 @@ class Dispatcher:
                 late = RequestTimeout(f"was not placed within {self._queue_timeout_s:g} s") if limit.expired() else None
                 self._fail(job, late or self._blamed(error))
             return
-        if job.state is RequestStatus.SCHEDULED:
+        if job.state is not RequestStatus.SCHEDULED:
+            return
+        instance = self.fleet.get(decision.plan.answering.instance_id)
+        if instance is not None and instance.active_requests >= instance.concurrency_limit:
+            self._wait_for(job, instance)
+        else:
             self._start(job, decision, phase)
+
+    def _wait_for(self, job: Job, instance: ExecutionInstance) -> None:
+        """Others took the last place of the one that was chosen while that was thought over: it waits for that one, by itself, so that
+        neither the cap is passed nor those behind it are held up."""
+        job.own_lane, job.lane = job.lane, job.lane._replace(pinned=instance.instance_id)
+        job.state = RequestStatus.QUEUED
+        try:
+            self.put_back(job)
+        except ControlPlaneError as error:
+            self._fail(job, error)
 
     async def _ask_user(self, job: Job, candidates: list[ExecutionInstance]) -> tuple[SchedulingDecision, ExecutionInstanceType | None]:
         phase: ExecutionInstanceType | None = None
@@ -258,6 +294,13 @@ class Dispatcher:
         self.running = False
         for task in self._placing:
             task.cancel()
+
+
+def _may_serve(instance: ExecutionInstance, lane: LaneKey) -> bool:
+    """Whether what happens there can matter to this lane."""
+    if lane.pinned is not None and lane.pinned != instance.instance_id:
+        return False
+    return instance.instance_id not in lane.avoid and (not lane.model or instance.serves(lane.model))
 
 
 def lend_target(job: Job, instance: ExecutionInstance) -> None:

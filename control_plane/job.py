@@ -37,7 +37,9 @@ class Job:
         "lane",
         "last_token_s",
         "latest_start_s",
+        "order",
         "output_tokens",
+        "own_lane",
         "phase",
         "predicted_ms",
         "queued",
@@ -61,6 +63,8 @@ class Job:
         #: fields of the request that its caller left open and the control plane filled in while it is live
         self.filled_in: tuple[str, ...] = ()
         self.lane = lane
+        #: its lane proper while it waits in another, for the one instance that a policy of the user's own chose
+        self.own_lane: LaneKey | None = None
         self.wire = wire
         self.sink = sink
         self.arrival_s = arrival_s
@@ -70,6 +74,8 @@ class Job:
         self.end_s = 0.0
         #: the policy's key, lower first; does not change while it waits
         self.key = 0.0
+        #: the queue's order (a number) that the key belongs to
+        self.order = 0
         #: order of acceptance; breaks ties, survives a retry
         self.seq = 0
         #: last moment at which starting still meets the deadline; +inf without one

@@ -53,4 +53,5 @@ class QueueTimeLimits:
         waited = f"{self._no_instance_timeout_s:g} s"
         if not lane.model:
             return NoInstanceAvailable(f"no server has told for {waited} which model it serves")
-        return NoInstanceAvailable(f"no instance that can serve `{lane.model}` ({lane.kind}) for {waited}")
+        failed = f", and it failed before on {', '.join(sorted(lane.avoid))}" if lane.avoid else ""
+        return NoInstanceAvailable(f"no instance that can serve `{lane.model}` ({lane.kind}) for {waited}{failed}")

@@ -109,7 +109,10 @@ class StreamSink:
         """Each JSON event as a dict. Raises the error that ended the stream, after the events that came before it."""
         while True:
             while self._chunks:
-                events = parse_events(self._chunks.popleft())
+                try:
+                    events = parse_events(self._chunks.popleft())
+                except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                    raise InstanceFailed(f"the engine's stream is not JSON: {error}", sent=True, retryable=False) from error
                 self._texts.extend(filter(None, map(delta_text, events)))
                 for event in events:
                     yield event

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from control_plane.clock import Clock
+from control_plane.errors import EngineError
 from control_plane.fleet.outliers import ejection_s
 from control_plane.fleet.record import EJECTIONS, Cause, Record
 from control_plane.fleet.settings import HealthSettings
 from control_plane.protocols import EventSink
 from control_plane.types import ExecutionInstance, HealthStatus
+
+#: an engine that has too much to do (408, 429) is left alone for as long as it asks, within these bounds
+BUSY_S = 1.0
+BUSY_MAX_S = 10.0
 
 Listener = Callable[[ExecutionInstance], None]
 
@@ -23,6 +28,7 @@ class StatusBook:
         on_hung: probes found that an instance answers nothing any more; what runs there is lost unless it is tried elsewhere.
         on_forget: what was learned of an instance holds no more: its server restarted, or it left.
         suspects: ids that missed their last probe; they get work only when there is nothing better.
+        busy: until when (seconds) those that answered 408 or 429 are given work only when there is nothing better, by id.
         trials: records that are back from an ejection and not proven yet, by id.
     """
 
@@ -34,6 +40,7 @@ class StatusBook:
         self.on_hung: Listener | None = None
         self.on_forget: Listener | None = None
         self.suspects: set[str] = set()
+        self.busy: dict[str, float] = {}
         self.trials: dict[str, Record] = {}
 
     def say(self, record: Record, name: str, message: str, **fields: object) -> None:
@@ -94,6 +101,21 @@ class StatusBook:
         record.trial_placed = 0
         self.suspects.discard(record.instance.instance_id)
         self.trials.pop(record.instance.instance_id, None)
+
+    def refused(self, record: Record, error: EngineError) -> None:
+        """It has too much to do (408, 429). It does nothing wrong, but answers fast: with nothing in flight it would draw all the load."""
+        pause_s = min(BUSY_MAX_S, max(BUSY_S, error.retry_after_s or 0.0))
+        self.busy[record.instance.instance_id] = self._clock.now_s() + pause_s
+        message = f"answers {error.status}, it has too much to do: others are asked first for {pause_s:g} s, or until one ends well there"
+        self.say_once(record, "instance_busy", message, status=error.status, pause_s=pause_s)
+
+    def busy_now(self) -> dict[str, float]:
+        """Those in :attr:`busy` whose time is not over; the others are dropped from it."""
+        if self.busy:
+            now_s = self._clock.now_s()
+            for instance_id in [name for name, until_s in self.busy.items() if until_s <= now_s]:
+                del self.busy[instance_id]
+        return self.busy
 
     def proven(self, record: Record) -> None:
         """The trial after an ejection succeeded: full load again."""

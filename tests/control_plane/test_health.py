@@ -520,6 +520,27 @@ class TestEjections:
             assert house.fleet.has_room(house.instance)
             house.fleet.placed(house.instance, 1.0)
 
+    async def test_a_trial_holds_nothing_back_where_there_is_nothing_better(self, house: House) -> None:
+        await house.probe()
+        await self.eject(house)
+        await house.probe(5.0)
+        other = house.fleet.get("b")
+        assert other is not None
+        house.fleet.placed(house.instance, 1.0)
+        assert house.fleet.with_room(CHAT) == [other]
+        other.health_status = "draining"
+        assert house.fleet.with_room(CHAT) == [house.instance]
+
+    async def test_it_is_not_tried_out_with_a_request_that_failed_before(self, house: House) -> None:
+        await house.probe()
+        await self.eject(house)
+        await house.probe(5.0)
+        third = ExecutionInstance(instance_id="c", port=7, model_name="m")
+        house.fleet.add(third)
+        assert house.instance in house.fleet.with_room(CHAT)
+        assert house.fleet.with_room(CHAT._replace(avoid=frozenset("b"))) == [third]
+        assert house.fleet.with_room(CHAT._replace(avoid=frozenset("bc"))) == [house.instance]
+
     async def test_a_failed_trial_ejects_for_longer_each_time(self, house: House) -> None:
         await house.probe()
         await self.eject(house)
