@@ -389,6 +389,19 @@ class RequestLifecycle:
         for attempt in [found for found in self._attempts.values() if found.instance is instance and not found.sent]:
             attempt.give_up(InstanceFailed(error_text, instance_id=instance.instance_id, timed_out=True))
 
+    def give_up_hung(self, now_s: float) -> None:
+        """What was sent to a hung engine because there was nothing better, and has not begun since: it waits no longer than it would
+        for a usable instance. Looked at once a tick."""
+        hung = self._fleet.hung()
+        if not hung:
+            return
+        before_s = now_s - self._no_instance_timeout_s
+        for attempt in list(self._attempts.values()):
+            if attempt.instance.instance_id in hung and not attempt.sent and attempt.started_s <= before_s:
+                name = attempt.instance.instance_id
+                error_text = f"{name} answers nothing, and did not for {self._no_instance_timeout_s:g} s"
+                attempt.give_up(InstanceFailed(error_text, instance_id=name, timed_out=True))
+
     # ---- ends
 
     def _end(self, job: Job, state: RequestStatus) -> None:

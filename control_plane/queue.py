@@ -224,6 +224,10 @@ class RequestQueue:
         """A snapshot in the order of starting: by key, the relegated last."""
         return sorted(self._numbers, key=lambda job: (job.relegated, job.key, job.seq))
 
+    def waiting_since(self, arrival_s: float) -> list[Job]:
+        """Those that arrived then or before."""
+        return [job for job in self._numbers if job.arrival_s <= arrival_s]
+
     @property
     def lanes(self) -> list[LaneKey]:
         """Those with waiting requests; a snapshot."""

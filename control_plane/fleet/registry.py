@@ -210,6 +210,10 @@ class Fleet:
             return False
         return phase is None or role_has_room(instance, phase)
 
+    def hung(self) -> frozenset[str]:
+        """Ids of those whose probes are not answered."""
+        return frozenset(name for name, record in self._records.items() if record.cause is Cause.HUNG)
+
     # ---- what is in flight
 
     def placed(self, instance: ExecutionInstance, predicted_ms: float, phase: str | None = None) -> None:

@@ -19,6 +19,7 @@ from control_plane import (
     SchedulingDecision,
     SchedulingPolicy,
 )
+from control_plane.fleet import HealthSettings
 from control_plane.protocols import FleetView
 
 Make = Callable[..., World]
@@ -175,6 +176,38 @@ async def test_an_engines_answer_is_given_at_once_when_no_other_is_up(make: Make
     await world.submit("died")
     world.open_on("a")[0].fail(LOST)
     assert await world.state("died") == "queued", "its engine died: another may come up"
+
+
+@pytest.mark.parametrize("pd_separation", [True, False])
+async def test_if_all_are_bad_all_are_candidates(make: Make, pd_separation: bool) -> None:
+    world = make("ab", enable_pd_separation=pd_separation)
+    await world.manager.start()
+    for instance in world.manager.get_instances():
+        for _ in range(5):
+            world.manager.fleet.record_failure(instance, EngineError(500, b"{}"))
+    assert not any(instance.is_usable for instance in world.manager.get_instances())
+    await world.submit("r")
+    world.open[0].answer()
+    assert await world.state("r") == "completed"
+
+
+async def test_a_hung_engine_that_is_the_last_resort_keeps_nothing_for_ever(make: Make) -> None:
+    fast = HealthSettings(probe_interval_s=0.02, down_interval_s=0.02, down_interval_max_s=0.02)
+    world = make("a", no_instance_timeout_s=0.4, health=fast)
+    await world.manager.start()
+    (instance,) = world.manager.get_instances()
+    await until(lambda: world.engines)
+
+    async def silent(path: str, timeout_s: float) -> tuple[int, bytes]:
+        raise InstanceFailed("no answer", timed_out=True)
+
+    world.engines["a"].get = silent  # type: ignore[method-assign]
+    await until(lambda: instance.health_status == "unhealthy")
+    await world.submit("r")
+    assert running(world, "a") == ["r"], "it may answer after all"
+    status = await asyncio.wait_for(world.manager.result("r"), 5)
+    assert (status.state, status.error.code) == ("failed", "instance_failed")  # type: ignore[union-attr]
+    assert not world.open
 
 
 async def test_a_stream_that_is_no_json_raises_an_error_of_ours(make: Make) -> None:
