@@ -64,6 +64,7 @@ class Dispatcher:
         self._launch = launch
         self._fail = fail
         self._queue_timeout_s = queue_timeout_s
+        self._room_comes = False
         self._placing: set[asyncio.Task[None]] = set()
         #: how many of them by model: one whose placing takes long holds up no other model
         self._placing_of: Counter[str] = Counter()
@@ -87,6 +88,16 @@ class Dispatcher:
             lanes.sort(key=self._head_key)
         for lane in lanes:
             self._serve_lane(lane)
+
+    def room_soon(self) -> None:
+        """Requests were cancelled. Looked at once those that are being cancelled together are gone: they should not be sent first."""
+        if self.running and not self._room_comes and len(self.queue):
+            self._room_comes = True
+            asyncio.get_running_loop().call_soon(self._room_now)
+
+    def _room_now(self) -> None:
+        self._room_comes = False
+        self.room()
 
     def _head_key(self, lane: LaneKey) -> tuple[float, int]:
         head = self.queue.head(lane)

@@ -214,18 +214,18 @@ class RequestLifecycle:
         if error is not None:
             job.sink.failed(error)
         self._settled(job)
-        if left is not None:
-            self.dispatcher.room(left)
+        if left:
+            self.dispatcher.room_soon()
 
-    def _leave(self, job: Job) -> ExecutionInstance | None:
-        """Out of the queue and off its engine: the instance where there is room now, if it was on one."""
+    def _leave(self, job: Job) -> bool:
+        """Out of the queue and off its engine; True when it was on one, where there is room now."""
         if job.queued:
             self.queue.remove(job)
         attempt = self._attempts.pop(job.request_id, None)
         if attempt is None:
-            return None
+            return False
         attempt.cancel()
-        return attempt.instance
+        return True
 
     async def wait(self, job: Job) -> None:
         """Until ``job`` has ended."""
@@ -419,8 +419,8 @@ class RequestLifecycle:
         self._metrics.on_failed(job, error)
         job.sink.failed(error)
         self._settled(job)
-        if left is not None:
-            self.dispatcher.room(left)
+        if left:
+            self.dispatcher.room_soon()
 
     def _settled(self, job: Job) -> None:
         """After the end: those who wait for it, the policy's hook, and a stop that waits for the last one."""

@@ -275,7 +275,7 @@ class Fleet:
         if record.cause is not None:
             return
         if kind is not Failure.TIMED_OUT:
-            self._status.eject(record, Cause.ERRORS, reason)
+            self._status.eject(record, Cause.ERRORS, reason, looked_into=kind is Failure.BROKEN and record.task is not None)
         elif self._may_eject_slow(record.instance):
             self._status.eject(record, Cause.TIMEOUTS, reason)
         else:

@@ -94,6 +94,7 @@ class StatusBook:
     def clear(self, record: Record) -> None:
         """Nothing is held against it any more."""
         record.cause = None
+        record.unsaid = None
         record.misses = 0
         record.pause_s = self._settings.down_interval_s
         record.outliers.reset()
@@ -128,14 +129,16 @@ class StatusBook:
         """It cannot serve until a probe says otherwise. Said when the cause is new."""
         instance = record.instance
         new = record.cause is not cause
+        record.unsaid = None
         self._take_out(record, cause)
         if new:
             self.say(record, "instance_down", f"down: {reason}", cause=str(cause), reason=reason)
             if cause is Cause.HUNG and self.on_hung is not None:
                 self.on_hung(instance)
 
-    def eject(self, record: Record, cause: Cause, reason: str) -> None:
-        """Its requests fail though it answers probes: out for a while, longer each time it happens again."""
+    def eject(self, record: Record, cause: Cause, reason: str, *, looked_into: bool = False) -> None:
+        """Its requests fail though it answers probes: out for a while, longer each time it happens again. ``looked_into``: a probe is
+        on its way, which may find that its server is gone; that is then said instead."""
         now_s = self._clock.now_s()
         if now_s > record.ejected_until_s + self._settings.ejection_max_s:
             record.ejections = 0
@@ -143,8 +146,15 @@ class StatusBook:
         lasts_s = ejection_s(self._settings, record.ejections)
         record.ejected_until_s = now_s + lasts_s
         self._take_out(record, cause)
-        message = f"ejected for {lasts_s:g} s: {reason}"
-        self.say(record, "instance_down", message, cause=str(cause), reason=reason, ejected_s=lasts_s)
+        record.unsaid = (f"ejected for {lasts_s:g} s: {reason}", {"cause": str(cause), "reason": reason, "ejected_s": lasts_s})
+        if not looked_into:
+            self.say_ejection(record)
+
+    def say_ejection(self, record: Record) -> None:
+        if record.unsaid is not None:
+            message, fields = record.unsaid
+            record.unsaid = None
+            self.say(record, "instance_down", message, **fields)
 
     def _take_out(self, record: Record, cause: Cause) -> None:
         self.clear_trial(record)

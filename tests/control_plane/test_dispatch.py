@@ -50,9 +50,23 @@ async def test_a_place_that_a_cancelled_or_failed_request_leaves_is_taken_at_onc
     for name in ("first", "second", "third"):
         await world.submit(name)
     await world.manager.cancel_request("first")
+    await asyncio.sleep(0)
     assert running(world, "a") == ["second"]
     world.manager.fail(world.manager._records.get("second"), ControlPlaneError("its caller gave it up"))
+    await asyncio.sleep(0)
     assert running(world, "a") == ["third"]
+
+
+async def test_of_many_that_are_cancelled_together_none_is_sent_first(make: Make) -> None:
+    world = make("")
+    world.add("a", max_concurrent_requests=1)
+    await world.manager.start()
+    for n in range(100):
+        await world.submit(f"r{n}")
+    for n in range(99):
+        await world.manager.cancel_request(f"r{n}")
+    await asyncio.sleep(0)
+    assert [call.request.request_id for call in world.engines["a"].calls] == ["r0", "r99"]
 
 
 async def test_an_instance_with_room_looks_only_at_its_lanes(make: Make) -> None:
@@ -68,6 +82,17 @@ async def test_an_instance_with_room_looks_only_at_its_lanes(make: Make) -> None
     world.open_on("a")[0].answer()
     assert running(world, "a") == ["a2"]
     assert set(looked_at) == {"m"}
+
+
+async def test_a_request_that_kills_engines_stops_at_two_also_over_kept_connections(make: Make) -> None:
+    """The kept connection broke under it and nobody takes a new one: that engine is gone at once, and this was an attempt."""
+    world = make("abcd", routing_strategy="round_robin")
+    world.on_start = lambda call: call.fail(InstanceFailed("refused", connected=False, reached=True))
+    await world.manager.start()
+    await world.submit("poison")
+    status = await world.status("poison")
+    assert (status.state, status.error.code) == ("failed", "instance_failed")  # type: ignore[union-attr]
+    assert sorted(instance.health_status for instance in world.manager.get_instances()) == ["healthy"] * 2 + ["unhealthy"] * 2
 
 
 class AlwaysA(SchedulingPolicy):

@@ -686,6 +686,20 @@ class TestLoop:
         house.engine.refuses = False
         await until(lambda: house.serves)
 
+    @pytest.mark.parametrize(("refuses", "cause"), [(True, "unreachable"), (False, "errors")])
+    async def test_lost_connections_are_said_once_as_what_they_are(self, begin: Begin, refuses: bool, cause: str) -> None:
+        house = begin(probe_interval_s=30.0)
+        house.fleet.start()
+        await until(lambda: house.events.names == ["instance_up"])
+        house.engine.refuses = refuses
+        for _ in range(2):
+            house.fleet.record_failure(house.instance, InstanceFailed("connection reset"))
+        assert house.state == "unhealthy"
+        await until(lambda: house.events.names[1:2] == ["instance_down"])
+        await asyncio.sleep(0.02)
+        ((_, _, fields),) = [event for event in house.events if event[0] == "instance_down"]
+        assert fields["cause"] == cause
+
     async def test_a_refusal_that_was_a_moment_costs_a_moment(self, begin: Begin) -> None:
         house = begin(probe_interval_s=30.0)
         house.fleet.start()
