@@ -410,15 +410,16 @@ class Fleet:
         if lane.avoid:
             found = [instance for instance in found if instance.instance_id not in lane.avoid]
         status = self._status
-        if (status.suspects or status.trials or status.busy) and len(found) > 1:
+        if (status.suspects or status.busy or lane.avoid) and len(found) > 1:
             found = self._better(found, retried=bool(lane.avoid))
         return found
 
     def _better(self, found: list[ExecutionInstance], *, retried: bool) -> list[ExecutionInstance]:
-        """Without those that are given work only when there is nothing better: that missed a probe, or refused for lack of room. One on
-        trial is not tried out with a request that has failed once already."""
+        """Without those that are given work only when there is nothing better: that missed a probe, or had too much to do. A request
+        that has failed once already, and is tried only once more, is not sent to one on trial or where the last one failed."""
         status = self._status
-        for worse in (status.suspects, status.busy_now(), status.trials if retried else ()):
+        doubtful = {i.instance_id for i in found if self._records[i.instance_id].outliers.failing} | status.trials.keys() if retried else ()
+        for worse in (status.suspects, status.busy_now(), doubtful):
             if worse:
                 found = [instance for instance in found if instance.instance_id not in worse] or found
         return found

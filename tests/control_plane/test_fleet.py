@@ -239,6 +239,19 @@ class TestLastResort:
         assert fleet.eligible(CHAT._replace(avoid=frozenset({"i1"}))) == []
 
 
+class TestSecondTry:
+    def test_not_where_the_last_one_failed(self, make: Make) -> None:
+        instances = a, b, c = some(3)
+        fleet = make(*instances)
+        fleet.record_failure(a, SICK)
+        fleet.record_failure(b, BROKEN)
+        assert fleet.with_room(CHAT) == [a, b, c], "one failure says little"
+        assert fleet.with_room(CHAT._replace(avoid=frozenset({"i0"}))) == [c], "but there is only one more try"
+        fleet.record_success(b)
+        assert fleet.with_room(CHAT._replace(avoid=frozenset({"i0"}))) == [b, c]
+        assert fleet.with_room(CHAT._replace(avoid=frozenset({"i1", "i2"}))) == [a]
+
+
 class TestLoadThatIsRefused:
     """An engine that answers 408 or 429 is well, and answers so fast that it would draw all the load."""
 
