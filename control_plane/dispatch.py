@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable
 
 from control_plane.admission import affordable, preferred
@@ -18,7 +19,7 @@ from control_plane.fleet import Fleet
 from control_plane.job import Job, LaneKey
 from control_plane.pd_routing import PDRoutingStrategy
 from control_plane.policies import SchedulingPolicy, make_decision
-from control_plane.queue import RequestQueue
+from control_plane.queue import RequestQueue, set_key
 from control_plane.router import RoutingStrategy
 from control_plane.types import (
     ExecutionInstance,
@@ -64,7 +65,10 @@ class Dispatcher:
         self._launch = launch
         self._fail = fail
         self._queue_timeout_s = queue_timeout_s
+        self._room_comes = False
         self._placing: set[asyncio.Task[None]] = set()
+        #: how many of them by model: one whose placing takes long holds up no other model
+        self._placing_of: Counter[str] = Counter()
         #: placements that wait until something changes
         self._unplaced: list[asyncio.Future[None]] = []
 
@@ -87,16 +91,35 @@ class Dispatcher:
         if self.policy.picks_next:
             self._serve_picked()
             return
-        lanes = list(self.queue.lanes)
+        lanes = self.queue.lanes
+        if instance is not None:
+            lanes = [lane for lane in lanes if _may_serve(instance, lane)]
         if len(lanes) > 1:
             # the lane whose head is most urgent first; a lane that cannot be served does not hold up the others
             lanes.sort(key=self._head_key)
         for lane in lanes:
             self._serve_lane(lane)
 
+    def room_soon(self) -> None:
+        """Requests were cancelled. Looked at once those that are being cancelled together are gone: they should not be sent first."""
+        if self.running and not self._room_comes and (len(self.queue) or self._unplaced):
+            self._room_comes = True
+            asyncio.get_running_loop().call_soon(self._room_now)
+
+    def _room_now(self) -> None:
+        self._room_comes = False
+        self.room()
+
     def _head_key(self, lane: LaneKey) -> tuple[float, int]:
         head = self.queue.head(lane)
         return (head.key, head.seq) if head is not None else (math.inf, 0)
+
+    def put_back(self, job: Job) -> None:
+        """Queue it again with its old key; with a new one where the order was changed meanwhile. Raises ConfigurationError."""
+        if job.order != self.queue.order:
+            set_key(job, self.policy, self.fleet)
+            job.order = self.queue.order
+        self.queue.requeue(job)
 
     # ---- deciding
 
@@ -109,11 +132,13 @@ class Dispatcher:
         self, request: RequestMetadata, candidates: list[ExecutionInstance], key: float, arrival_s: float | None = None
     ) -> tuple[SchedulingDecision, ExecutionInstanceType | None]:
         fleet = self.fleet
-        candidates = preferred(request, candidates, fleet)
+        given, candidates = candidates, preferred(request, candidates, fleet)
         candidates = self.policy.narrow(request, candidates, fleet, arrival_s) or candidates
         role, phase = ExecutionInstanceType.GENERAL, None
         if self.pd_router is not None:
-            phase, candidates, _ = self.pd_router.narrow(request, candidates)
+            phase, fit, _ = self.pd_router.narrow(request, candidates)
+            # what is preferred or cheapest is no reason to wait when its role is full
+            candidates = fit or self.pd_router.narrow(request, given)[1]
             role = phase
             if not candidates:
                 raise NoInstanceAvailable("every instance for this phase is at its limit")
@@ -251,18 +276,23 @@ class Dispatcher:
 
     def _place_in_task(self, job: Job, candidates: list[ExecutionInstance]) -> bool:
         """False: as many are being placed already as there is room for."""
+        model = job.lane.model
         free = sum(instance.concurrency_limit - instance.active_requests for instance in candidates)
-        if len(self._placing) >= free:
+        if self._placing_of[model] >= free:
             return False
         self.queue.pop(job, self.fleet.now_s)
         job.state = RequestStatus.SCHEDULED
         task = asyncio.get_running_loop().create_task(self._ask(job, candidates))
         self._placing.add(task)
-        task.add_done_callback(self._placed)
+        self._placing_of[model] += 1
+        task.add_done_callback(lambda task: self._placed(task, model))
         return True
 
-    def _placed(self, task: asyncio.Task[None]) -> None:
+    def _placed(self, task: asyncio.Task[None], model: str) -> None:
         self._placing.discard(task)
+        self._placing_of[model] -= 1
+        if not self._placing_of[model]:
+            del self._placing_of[model]
         self.room()
 
     async def _ask(self, job: Job, candidates: list[ExecutionInstance]) -> None:
@@ -309,12 +339,16 @@ class Dispatcher:
         return self.fleet.get(decision.plan.answering.instance_id) in self.fleet.with_room(job.lane)
 
     async def _candidates_again(self, job: Job) -> list[ExecutionInstance]:
-        """Those with room, once something has changed."""
+        """Those with room, once something has changed. While it waits it takes nobody's turn."""
         candidates: list[ExecutionInstance] = []
         while not candidates:
             woken = asyncio.get_running_loop().create_future()
             self._unplaced.append(woken)
-            await woken
+            self._placing_of[job.lane.model] -= 1
+            try:
+                await woken
+            finally:
+                self._placing_of[job.lane.model] += 1
             try:
                 candidates = list(affordable(job.request, self.fleet.with_room(job.lane), self.fleet))
             except BudgetExhausted:
@@ -341,6 +375,13 @@ class Dispatcher:
         self.running = False
         for task in self._placing:
             task.cancel()
+
+
+def _may_serve(instance: ExecutionInstance, lane: LaneKey) -> bool:
+    """Whether what happens there can matter to this lane."""
+    if lane.pinned is not None and lane.pinned != instance.instance_id:
+        return False
+    return instance.instance_id not in lane.avoid and (not lane.model or instance.serves(lane.model))
 
 
 def lend_target(job: Job, instance: ExecutionInstance) -> None:

@@ -172,7 +172,9 @@ class InstanceFailed(ControlPlaneError):
         instance_id: which one, when known.
         timed_out: it broke by a time limit (a hang, not a crash).
         sent: bytes of the answer had already come when it broke.
-        connected: False when no connection to it could be made, so that the request cannot have reached it.
+        connected: False when no connection to it could be made.
+        reached: the request may have reached it. That is so without a connection too when it was written to a kept one that broke:
+            the engine may have died of it.
         retryable: running it again, elsewhere, makes sense as far as the failure itself goes.
     """
 
@@ -187,6 +189,7 @@ class InstanceFailed(ControlPlaneError):
         timed_out: bool = False,
         sent: bool = False,
         connected: bool = True,
+        reached: bool | None = None,
         retryable: bool = True,
         retry_after_s: float | None = None,
     ) -> None:
@@ -195,6 +198,7 @@ class InstanceFailed(ControlPlaneError):
         self.timed_out = timed_out
         self.sent = sent
         self.connected = connected
+        self.reached = connected if reached is None else reached
         self.retryable = retryable
 
 

@@ -240,7 +240,12 @@ class ExecutionCoordinator:
             raise InstanceNotFound(f"no instance {leg.instance_id!r} is registered")
         attempt = Attempt(job, instance, self, listener)
         job.instance = instance
-        call = self.fleet.engine(leg.instance_id).start(leg, job.wire, attempt, job.request)
+        try:
+            call = self.fleet.engine(leg.instance_id).start(leg, job.wire, attempt, job.request)
+        except Exception as error:  # an engine of the user's own, or a request that cannot be written: no reason to try it elsewhere
+            known = error if isinstance(error, ControlPlaneError) else None
+            attempt.failed(known or ControlPlaneError(f"{leg.instance_id}: the request could not be sent: {error!r}"))
+            return attempt
         if attempt.call is None and not attempt.settled:
             attempt.call = call
         return attempt

@@ -39,6 +39,7 @@ class Job:
         "lane",
         "last_token_s",
         "latest_start_s",
+        "order",
         "output_tokens",
         "owner",
         "phase",
@@ -78,6 +79,8 @@ class Job:
         self.end_s = 0.0
         #: the policy's key, lower first; does not change while it waits
         self.key = 0.0
+        #: the queue's order (a number) that the key belongs to
+        self.order = 0
         #: order of acceptance; breaks ties, survives a retry
         self.seq = 0
         #: last moment at which starting still meets the deadline; +inf without one

@@ -18,6 +18,7 @@ from control_plane.engines import AnswerSink, build_wire
 from control_plane.errors import (
     ControlPlaneError,
     Draining,
+    EngineError,
     InstanceFailed,
     InvalidRequest,
     ModelNotFound,
@@ -218,21 +219,25 @@ class RequestLifecycle:
         """Drop a request wherever it is. Its sink hears ``error`` if one is given, else nothing more. May repeat."""
         if job.state in FINAL_STATES:
             return
-        self._leave(job)
+        left = self._leave(job)
         job.error = error or RequestCancelled("its caller left")
         self._end(job, RequestStatus.CANCELLED)
         self._metrics.on_cancelled(job)
         if error is not None:
             job.sink.failed(error)
         self._settled(job)
+        if left:
+            self.dispatcher.room_soon()
 
-    def _leave(self, job: Job) -> None:
-        """Out of the queue and off its engine."""
+    def _leave(self, job: Job) -> bool:
+        """Out of the queue and off its engine; True when it was on one, where there is room now."""
         if job.queued:
             self.queue.remove(job)
         attempt = self._attempts.pop(job.request_id, None)
-        if attempt is not None:
-            attempt.cancel()
+        if attempt is None:
+            return False
+        attempt.cancel()
+        return True
 
     async def wait(self, job: Job) -> None:
         """Until ``job`` has ended."""
@@ -348,16 +353,14 @@ class RequestLifecycle:
         self._attempts.pop(job.request_id, None)
         if isinstance(error, InstanceFailed):
             error.instance_id = instance.instance_id
-            if error.connected:
+            if error.reached:
                 job.tried |= {instance.instance_id}
                 job.unreached_since_s = 0.0
             else:
                 job.attempts -= 1
             self._fleet.record_failure(instance, error)
-        everywhere = job.lane._replace(avoid=frozenset())
-        registered = frozenset(found.instance_id for found in self._fleet.registered_for(everywhere))
         recovery = after_failure(
-            job, error, instance.instance_id, sent=attempt.sent, registered=registered, max_attempts=self._max_attempts
+            job, error, instance.instance_id, sent=attempt.sent, registered=self._others(job, error), max_attempts=self._max_attempts
         )
         if recovery is None:
             self.end_failed(job, error)
@@ -365,9 +368,16 @@ class RequestLifecycle:
             self._retry(job, error, recovery)
         self.dispatcher.room(instance)
 
+    def _others(self, job: Job, error: ControlPlaneError) -> frozenset[str]:
+        """Ids of the instances for which trying again, or waiting, has a point. An engine that answered has said more than a wait for
+        one that is down could bring, so then only those count that may be given work now."""
+        lane, fleet = job.lane._replace(avoid=job.tried), self._fleet
+        found = fleet.eligible(lane) if isinstance(error, EngineError) else fleet.registered_for(lane)
+        return frozenset(instance.instance_id for instance in found)
+
     def _retry(self, job: Job, error: ControlPlaneError, avoid: frozenset[str]) -> None:
         now_s = self._clock.now_s()
-        if isinstance(error, InstanceFailed) and not error.connected:
+        if isinstance(error, InstanceFailed) and not error.reached:
             job.unreached_since_s = job.unreached_since_s or now_s
             if now_s - job.unreached_since_s >= self._no_instance_timeout_s:
                 waited = f"{self._no_instance_timeout_s:g} s"
@@ -378,7 +388,11 @@ class RequestLifecycle:
         job.first_token_s = job.last_token_s = 0.0
         job.output_tokens = 0
         self._metrics.on_retried(job)
-        self.queue.requeue(job)
+        try:
+            self.dispatcher.put_back(job)
+        except ControlPlaneError as failed:  # the policy that came meanwhile cannot order it
+            self.end_failed(job, failed)
+            return
         self.dispatcher.arrived(job)
 
     def instance_hung(self, instance: ExecutionInstance) -> None:
@@ -386,6 +400,19 @@ class RequestLifecycle:
         error_text = f"{instance.instance_id} stopped answering"
         for attempt in [found for found in self._attempts.values() if found.instance is instance and not found.sent]:
             attempt.give_up(InstanceFailed(error_text, instance_id=instance.instance_id, timed_out=True))
+
+    def give_up_hung(self, now_s: float) -> None:
+        """What was sent to a hung engine because there was nothing better, and has not begun since: it waits no longer than it would
+        for a usable instance. Looked at once a tick."""
+        hung = self._fleet.hung()
+        if not hung:
+            return
+        before_s = now_s - self._no_instance_timeout_s
+        for attempt in list(self._attempts.values()):
+            if attempt.instance.instance_id in hung and not attempt.sent and attempt.started_s <= before_s:
+                name = attempt.instance.instance_id
+                error_text = f"{name} answers nothing, and did not for {self._no_instance_timeout_s:g} s"
+                attempt.give_up(InstanceFailed(error_text, instance_id=name, timed_out=True))
 
     # ---- ends
 
@@ -398,12 +425,14 @@ class RequestLifecycle:
     def end_failed(self, job: Job, error: ControlPlaneError) -> None:
         if job.state in FINAL_STATES:
             return
-        self._leave(job)
+        left = self._leave(job)
         job.error = error
         self._end(job, RequestStatus.FAILED)
         self._metrics.on_failed(job, error)
         job.sink.failed(error)
         self._settled(job)
+        if left:
+            self.dispatcher.room_soon()
 
     def _settled(self, job: Job) -> None:
         """After the end: those who wait for it, the policy's hook, and a stop that waits for the last one."""

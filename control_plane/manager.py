@@ -405,6 +405,7 @@ class ControlPlaneManager:
         try:
             now_s = self.clock.now_s()
             self._limits.check(now_s)
+            self._lifecycle.give_up_hung(now_s)
             self._records.forget_old()
             if self.scheduling_policy.relegates:
                 self.queue.relegate_due(now_s)

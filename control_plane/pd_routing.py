@@ -100,7 +100,8 @@ def parse_phase(phase: str) -> ExecutionInstanceType:
 
 
 def for_phase(phase: str | None, candidates: Sequence[ExecutionInstance]) -> tuple[list[ExecutionInstance], bool]:
-    """(the candidates for a phase, whether they are specialised in it).
+    """(the candidates for a phase, whether they are specialised in it). Whether they are well is not asked again here: they may be
+    candidates because nothing better is left.
 
     Specialised ones with room in the role, else general ones with room, else those of the other role, as serving there beats refusing.
     Empty when all that are left have reached a role's cap (``target_batch_size``, ``max_parallel_requests``): it has to wait.
@@ -109,15 +110,25 @@ def for_phase(phase: str | None, candidates: Sequence[ExecutionInstance]) -> tup
     if phase is None:
         return list(candidates), False
     wanted = parse_phase(phase)
-    takes = ExecutionInstance.can_accept_prefilling_request if wanted is PREFILLING else ExecutionInstance.can_accept_decoding_request
+    takes = _takes_prefill if wanted is PREFILLING else _takes_decode
     special = [i for i in candidates if i.instance_type == wanted and takes(i)]
     if special:
         return special, True
     other = DECODING if wanted is PREFILLING else PREFILLING
-    general = [i for i in candidates if i.instance_type not in (other, wanted) and takes(i)]
+    general = [i for i in candidates if (kind := i.instance_type) != other and kind != wanted and takes(i)]
     if general:
         return general, False
     return [i for i in candidates if i.instance_type == other and _has_own_room(i)], False
+
+
+def _takes_prefill(instance: ExecutionInstance) -> bool:
+    options = instance.prefilling_config
+    return options is None or instance.prefilling_active_requests < options.target_batch_size
+
+
+def _takes_decode(instance: ExecutionInstance) -> bool:
+    options = instance.decoding_config
+    return options is None or instance.decoding_active_requests < options.max_parallel_requests
 
 
 def _has_own_room(instance: ExecutionInstance) -> bool:

@@ -119,6 +119,8 @@ class RequestQueue:
         self.max_requests = max_requests
         self.max_bytes = max_bytes
         self.bytes = 0
+        #: how often the order was changed: a job whose ``order`` is another has a key that cannot be compared with those that wait
+        self.order = 0
         self._lanes: dict[LaneKey, _Lane] = {}
         #: each waiting job and the number of its valid entry, in order of acceptance
         self._numbers: dict[Job, int] = {}
@@ -137,6 +139,7 @@ class RequestQueue:
         if self.bytes + size > self.max_bytes:
             raise self._full(f"{self.bytes} bytes of requests are waiting; {size} more would pass {self.max_bytes}")
         job.seq = self._next_seq()
+        job.order = self.order
         self._put(job)
 
     def requeue(self, job: Job) -> None:
@@ -188,11 +191,10 @@ class RequestQueue:
         job.queued = False
 
     def _tidy(self, lane: _Lane) -> None:
+        numbers = self._numbers
         if not lane.live:
             del self._lanes[lane.key]
-            return
-        numbers = self._numbers
-        if len(lane.main) + len(lane.late) > max(COMPACT_ABOVE, 2 * lane.live):
+        elif len(lane.main) + len(lane.late) > max(COMPACT_ABOVE, 2 * lane.live):
             for heap in (lane.main, lane.late):
                 heap[:] = [entry for entry in heap if numbers.get(entry[3]) == entry[2]]
                 heapq.heapify(heap)
@@ -221,6 +223,10 @@ class RequestQueue:
     def jobs(self) -> list[Job]:
         """A snapshot in the order of starting: by key, the relegated last."""
         return sorted(self._numbers, key=lambda job: (job.relegated, job.key, job.seq))
+
+    def waiting_since(self, arrival_s: float) -> list[Job]:
+        """Those that arrived then or before."""
+        return [job for job in self._numbers if job.arrival_s <= arrival_s]
 
     @property
     def lanes(self) -> list[LaneKey]:
@@ -315,10 +321,11 @@ class RequestQueue:
         its key is no number, and then nothing has changed.
         """
         fresh = [(job, *_ordered_by(job, policy, view)) for job in self._numbers]
+        self.order += 1
         for lane in self._lanes.values():
             lane.main, lane.late, lane.live_late, lane.since_late = [], [], 0, 0
         for job, key, latest_start_s in fresh:
-            job.key, job.latest_start_s, job.relegated = key, latest_start_s, False
+            job.key, job.latest_start_s, job.relegated, job.order = key, latest_start_s, False, self.order
             self._lanes[job.lane].main.append((key, job.seq, self._numbers[job], job))
         for lane in self._lanes.values():
             heapq.heapify(lane.main)

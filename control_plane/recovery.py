@@ -4,7 +4,8 @@
 - An engine's 4xx is the caller's and final, except 408 and 429.
 - A request that reached an engine is tried at most once more, elsewhere: one that kills engines must not kill the fleet.
 - A request that never reached its engine (no connection) harmed nobody: it goes on to others, and when there are none it waits in
-  the queue for one to come back, for as long as requests wait for a usable instance at all.
+  the queue for one to come back, for as long as requests wait for a usable instance at all. One that was written to a kept connection
+  which broke, and then found nobody to connect to, may be what killed the engine: it counts as having reached it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def after_failure(
     """
     if sent or not isinstance(error, InstanceFailed) or not error.retryable:
         return None
-    if error.connected and job.attempts >= max_attempts:
+    if error.reached and job.attempts >= max_attempts:
         return None
     if not registered - job.tried:
         return None

@@ -35,9 +35,8 @@ class QueueTimeLimits:
         self._unserved_since_s: dict[LaneKey, float] = {}
 
     def check(self, now_s: float) -> None:
-        for job in self._queue.jobs():
-            if now_s - job.arrival_s >= self._queue_timeout_s:
-                self._fail(job, RequestTimeout(f"waited {self._queue_timeout_s:g} s in the queue"))
+        for job in self._queue.waiting_since(now_s - self._queue_timeout_s):
+            self._fail(job, RequestTimeout(f"waited {self._queue_timeout_s:g} s in the queue"))
         unserved = {}
         for lane in list(self._queue.lanes):
             if not self._fleet.eligible(lane):
@@ -53,4 +52,5 @@ class QueueTimeLimits:
         waited = f"{self._no_instance_timeout_s:g} s"
         if not lane.model:
             return NoInstanceAvailable(f"no server has told for {waited} which model it serves")
-        return NoInstanceAvailable(f"no instance that can serve `{lane.model}` ({lane.kind}) for {waited}")
+        failed = f", and it failed before on {', '.join(sorted(lane.avoid))}" if lane.avoid else ""
+        return NoInstanceAvailable(f"no instance that can serve `{lane.model}` ({lane.kind}) for {waited}{failed}")

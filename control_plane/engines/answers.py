@@ -110,7 +110,10 @@ class StreamSink:
         InstanceFailed at an event that is not JSON."""
         while True:
             while self._chunks:
-                events = parse_events(self._chunks.popleft())
+                try:
+                    events = parse_events(self._chunks.popleft())
+                except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                    raise InstanceFailed(f"the engine's stream is not JSON: {error}", sent=True, retryable=False) from error
                 self._texts.extend(filter(None, map(delta_text, events)))
                 for event in events:
                     yield event

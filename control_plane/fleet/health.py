@@ -149,6 +149,7 @@ class HealthMonitor:
     async def _alive(self, record: Record, engine: Engine) -> bool:
         """It answers: find out whether it is still the server we knew, then let it serve."""
         self._status.owner_spoke(record)
+        self._status.say_ejection(record)
         instance = record.instance
         if not await self._introspection.look(record, engine):
             self._status.idle(record)

@@ -46,6 +46,11 @@ class Outliers:
         self._good = self._bad = self._old_good = self._old_bad = 0
         self._window_s = 0.0
 
+    @property
+    def failing(self) -> bool:
+        """The last that was heard of it was a failure."""
+        return bool(self.errors or self.broken or self.timeouts)
+
     def success(self, now_s: float) -> None:
         self.errors = self.broken = self.timeouts = 0
         if now_s >= self._window_s:

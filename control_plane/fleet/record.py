@@ -61,6 +61,7 @@ class Record:
         "task",
         "trial",
         "trial_placed",
+        "unsaid",
         "wake",
         "was_usable",
     )
@@ -104,6 +105,8 @@ class Record:
         self.counters: tuple[float, ...] = ()
         #: what has been said once and need not be said again before a restart
         self.said: set[str] = set()
+        #: an ejection that is said only if the probe that looks into it finds nothing worse
+        self.unsaid: tuple[str, dict[str, object]] | None = None
         self.was_usable = False
 
     def forget_server(self) -> None:

@@ -195,8 +195,13 @@ class Fleet:
 
     def with_room(self, lane: LaneKey, limit: int | None = None) -> list[ExecutionInstance]:
         """The eligible ones that can take another request now."""
-        if self._status.trials or self._status.suspects:
-            return [instance for instance in self._choose(lane, None, room=False) if self.has_room(instance)][:limit]
+        status = self._status
+        if status.trials or status.suspects or status.busy:
+            found = self._choose(lane, None, room=False)
+            if all(instance.instance_id in status.trials for instance in found):
+                # there is nothing better, so a trial would only hold back what waits
+                return roomy(found)[:limit]
+            return [instance for instance in found if self.has_room(instance)][:limit]
         return self._choose(lane, limit, room=True)
 
     def has_room(self, instance: ExecutionInstance, phase: str | None = None) -> bool:
@@ -207,6 +212,10 @@ class Fleet:
         if trials and (record := trials.get(instance.instance_id)) is not None and record.trial_placed >= self._settings.trial_requests:
             return False
         return phase is None or role_has_room(instance, phase)
+
+    def hung(self) -> frozenset[str]:
+        """Ids of those whose probes are not answered."""
+        return frozenset(name for name, record in self._records.items() if record.cause is Cause.HUNG)
 
     # ---- what is in flight
 
@@ -239,6 +248,8 @@ class Fleet:
         if record is None:
             return
         now_s = record.last_success_s = self._clock.now_s()
+        if self._status.busy:
+            self._status.busy.pop(instance.instance_id, None)
         record.outliers.success(now_s)
         if record.trial:
             self._status.proven(record)
@@ -253,6 +264,8 @@ class Fleet:
         if kind is Failure.NOT_ITS_FAULT:
             if isinstance(error, EngineError) and error.status == 404:
                 self._monitor.look_at_models_soon(record)
+            elif isinstance(error, EngineError) and error.status in (408, 429):
+                self._status.refused(record, error)
             return
         if kind is Failure.UNREACHABLE:
             self._status.down(record, Cause.UNREACHABLE, error.message)
@@ -265,7 +278,7 @@ class Fleet:
         if record.cause is not None:
             return
         if kind is not Failure.TIMED_OUT:
-            self._status.eject(record, Cause.ERRORS, reason)
+            self._status.eject(record, Cause.ERRORS, reason, looked_into=kind is Failure.BROKEN and record.task is not None)
         elif self._may_eject_slow(record.instance):
             self._status.eject(record, Cause.TIMEOUTS, reason)
         else:
@@ -275,9 +288,12 @@ class Fleet:
 
     def _may_eject_slow(self, instance: ExecutionInstance) -> bool:
         """Time limits alone never take out more than half of a model's instances: they may be too tight for all of them."""
-        peers = self._index.serving(instance.model_name)
-        out = sum(peer.health_status == HealthStatus.UNHEALTHY for peer in peers)
-        return (out + 1) * 2 <= len(peers)
+        for name in instance.served_models or (instance.model_name,):
+            peers = self._index.serving(name)
+            out = sum(peer.health_status == HealthStatus.UNHEALTHY for peer in peers)
+            if (out + 1) * 2 > len(peers):
+                return False
+        return True
 
     # ---- by hand
 
@@ -396,9 +412,19 @@ class Fleet:
             found = roomy(found) if room else found
         if lane.avoid:
             found = [instance for instance in found if instance.instance_id not in lane.avoid]
-        suspects = self._status.suspects
-        if suspects and len(found) > 1:
-            found = [instance for instance in found if instance.instance_id not in suspects] or found
+        status = self._status
+        if (status.suspects or status.busy or lane.avoid) and len(found) > 1:
+            found = self._better(found, retried=bool(lane.avoid))
+        return found
+
+    def _better(self, found: list[ExecutionInstance], *, retried: bool) -> list[ExecutionInstance]:
+        """Without those that are given work only when there is nothing better: that missed a probe, or had too much to do. A request
+        that has failed once already, and is tried only once more, is not sent to one on trial or where the last one failed."""
+        status = self._status
+        doubtful = {i.instance_id for i in found if self._records[i.instance_id].outliers.failing} | status.trials.keys() if retried else ()
+        for worse in (status.suspects, status.busy_now(), doubtful):
+            if worse:
+                found = [instance for instance in found if instance.instance_id not in worse] or found
         return found
 
     def _last_resort(self, serving: list[ExecutionInstance], kind: RequestKind) -> list[ExecutionInstance]:

@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from control_plane.clock import Clock
+from control_plane.errors import EngineError
 from control_plane.fleet.outliers import ejection_s
 from control_plane.fleet.record import EJECTIONS, Cause, Record
 from control_plane.fleet.settings import HealthSettings
 from control_plane.protocols import EventSink
 from control_plane.types import ExecutionInstance, HealthStatus
+
+#: an engine that has too much to do (408, 429) is left alone for as long as it asks, within these bounds
+BUSY_S = 1.0
+BUSY_MAX_S = 10.0
 
 Listener = Callable[[ExecutionInstance], None]
 
@@ -24,6 +29,7 @@ class StatusBook:
             is lost there unless it is tried elsewhere. May be called again while it stays so.
         on_forget: what was learned of an instance holds no more: its server restarted, or it left.
         suspects: ids that missed their last probe; they get work only when there is nothing better.
+        busy: until when (seconds) those that answered 408 or 429 are given work only when there is nothing better, by id.
         trials: records that are back from an ejection and not proven yet, by id.
     """
 
@@ -35,6 +41,7 @@ class StatusBook:
         self.on_hung: Listener | None = None
         self.on_forget: Listener | None = None
         self.suspects: set[str] = set()
+        self.busy: dict[str, float] = {}
         self.trials: dict[str, Record] = {}
 
     def say(self, record: Record, name: str, message: str, **fields: object) -> None:
@@ -88,6 +95,7 @@ class StatusBook:
     def clear(self, record: Record) -> None:
         """Nothing is held against it any more."""
         record.cause = None
+        record.unsaid = None
         record.misses = 0
         record.pause_s = self._settings.down_interval_s
         record.outliers.reset()
@@ -95,6 +103,21 @@ class StatusBook:
         record.trial_placed = 0
         self.suspects.discard(record.instance.instance_id)
         self.trials.pop(record.instance.instance_id, None)
+
+    def refused(self, record: Record, error: EngineError) -> None:
+        """It has too much to do (408, 429). It does nothing wrong, but answers fast: with nothing in flight it would draw all the load."""
+        pause_s = min(BUSY_MAX_S, max(BUSY_S, error.retry_after_s or 0.0))
+        self.busy[record.instance.instance_id] = self._clock.now_s() + pause_s
+        message = f"answers {error.status}, it has too much to do: others are asked first for {pause_s:g} s, or until one ends well there"
+        self.say_once(record, "instance_busy", message, status=error.status, pause_s=pause_s)
+
+    def busy_now(self) -> dict[str, float]:
+        """Those in :attr:`busy` whose time is not over; the others are dropped from it."""
+        if self.busy:
+            now_s = self._clock.now_s()
+            for instance_id in [name for name, until_s in self.busy.items() if until_s <= now_s]:
+                del self.busy[instance_id]
+        return self.busy
 
     def proven(self, record: Record) -> None:
         """The trial after an ejection succeeded: full load again."""
@@ -107,6 +130,7 @@ class StatusBook:
         """It cannot serve until a probe says otherwise. Said when the cause is new."""
         instance = record.instance
         new = record.cause is not cause
+        record.unsaid = None
         self._take_out(record, cause)
         if new:
             self.say(record, "instance_down", f"down: {reason}", cause=str(cause), reason=reason)
@@ -115,8 +139,9 @@ class StatusBook:
         if lost and self.on_hung is not None:
             self.on_hung(instance)
 
-    def eject(self, record: Record, cause: Cause, reason: str) -> None:
-        """Its requests fail though it answers probes: out for a while, longer each time it happens again."""
+    def eject(self, record: Record, cause: Cause, reason: str, *, looked_into: bool = False) -> None:
+        """Its requests fail though it answers probes: out for a while, longer each time it happens again. ``looked_into``: a probe is
+        on its way, which may find that its server is gone; that is then said instead."""
         now_s = self._clock.now_s()
         if now_s > record.ejected_until_s + self._settings.ejection_max_s:
             record.ejections = 0
@@ -124,8 +149,15 @@ class StatusBook:
         lasts_s = ejection_s(self._settings, record.ejections)
         record.ejected_until_s = now_s + lasts_s
         self._take_out(record, cause)
-        message = f"ejected for {lasts_s:g} s: {reason}"
-        self.say(record, "instance_down", message, cause=str(cause), reason=reason, ejected_s=lasts_s)
+        record.unsaid = (f"ejected for {lasts_s:g} s: {reason}", {"cause": str(cause), "reason": reason, "ejected_s": lasts_s})
+        if not looked_into:
+            self.say_ejection(record)
+
+    def say_ejection(self, record: Record) -> None:
+        if record.unsaid is not None:
+            message, fields = record.unsaid
+            record.unsaid = None
+            self.say(record, "instance_down", message, **fields)
 
     def _take_out(self, record: Record, cause: Cause) -> None:
         self.clear_trial(record)

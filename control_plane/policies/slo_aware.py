@@ -8,6 +8,9 @@ from control_plane.protocols import FleetView
 from control_plane.types import RequestMetadata
 
 DEFAULT_SLACK_S = 30.0
+#: more slack than this does not put a request further back, so that a far deadline is no reason to starve; with the class's shift it
+#: stays below the queue's own time limit
+MAX_SLACK_S = 300.0
 #: a request without a target: its slack by class, as a multiple of the default
 CLASS_SLACK = (0.1, 1.0 / 3.0, 1.0, 2.0, 4.0)
 #: a request with a target: what its class adds to or takes from its slack, as a share of it
@@ -18,8 +21,9 @@ class SLOAwarePolicy(SchedulingPolicy):
     """key = latest start = arrival + deadline - predicted service, moved by at most a fifth of the slack for its class.
 
     A TTFT target counts as a deadline for the start too. A request without a target has ``default_slack_s`` times its class's
-    factor, so it ages as all others do. Earliest latest start first is the order that meets all deadlines when any order does; when
-    none does, requests whose latest start has passed are relegated behind the rest instead of making the next ones late as well.
+    factor, so it ages as all others do; a deadline further off than ``MAX_SLACK_S`` counts as that. Earliest latest start first is
+    the order that meets all deadlines when any order does; when none does, requests whose latest start has passed are relegated
+    behind the rest instead of making the next ones late as well.
     """
 
     name: str = "slo_aware"
@@ -33,5 +37,5 @@ class SLOAwarePolicy(SchedulingPolicy):
     def key(self, request: RequestMetadata, arrival_s: float, view: FleetView) -> float:
         if request.slo_deadline_ms is None and request.ttft_slo_ms is None:
             return arrival_s + self.default_slack_s * CLASS_SLACK[request.priority]
-        latest_s = self.latest_start_s(request, arrival_s, view)
+        latest_s = min(self.latest_start_s(request, arrival_s, view), arrival_s + MAX_SLACK_S)
         return latest_s + CLASS_SHIFT[request.priority] * max(0.0, latest_s - arrival_s)

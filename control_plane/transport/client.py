@@ -113,7 +113,9 @@ class ClientCall:
         if not self.over:
             self.ended()
             message = f"{self._client.base_url}: {reason}"
-            self.receiver.on_error(InstanceFailed(message, timed_out=timed_out, sent=sent, connected=connected))
+            # written once already, to a kept connection that then broke: the engine may have read it
+            reached = connected or self._retried
+            self.receiver.on_error(InstanceFailed(message, timed_out=timed_out, sent=sent, connected=connected, reached=reached))
 
 
 class HttpClient:

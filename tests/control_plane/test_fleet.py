@@ -238,6 +238,48 @@ class TestLastResort:
         assert fleet.with_room(CHAT) == []
         assert fleet.eligible(CHAT._replace(avoid=frozenset({"i1"}))) == []
 
+
+class TestSecondTry:
+    def test_not_where_the_last_one_failed(self, make: Make) -> None:
+        instances = a, b, c = some(3)
+        fleet = make(*instances)
+        fleet.record_failure(a, SICK)
+        fleet.record_failure(b, BROKEN)
+        assert fleet.with_room(CHAT) == [a, b, c], "one failure says little"
+        assert fleet.with_room(CHAT._replace(avoid=frozenset({"i0"}))) == [c], "but there is only one more try"
+        fleet.record_success(b)
+        assert fleet.with_room(CHAT._replace(avoid=frozenset({"i0"}))) == [b, c]
+        assert fleet.with_room(CHAT._replace(avoid=frozenset({"i1", "i2"}))) == [a]
+
+
+class TestLoadThatIsRefused:
+    """An engine that answers 408 or 429 is well, and answers so fast that it would draw all the load."""
+
+    @pytest.mark.parametrize("status", [408, 429])
+    def test_others_first_for_a_while_or_until_one_ends_well(self, make: Make, events: Events, clock: ManualClock, status: int) -> None:
+        a, b = some(2, max_concurrent_requests=1)
+        fleet = make(a, b)
+        fleet.record_failure(a, EngineError(status, b"{}"))
+        assert a.is_usable
+        assert fleet.eligible(CHAT) == fleet.with_room(CHAT) == [b]
+        fleet.placed(b, 1.0)
+        assert fleet.with_room(CHAT) == [], "better here than there"
+        fleet.record_success(a)
+        assert fleet.with_room(CHAT) == [a]
+        fleet.record_failure(a, EngineError(status, b"{}", retry_after_s=5.0))
+        clock.advance(4.9)
+        assert fleet.eligible(CHAT) == [b]
+        clock.advance(0.2)
+        assert fleet.eligible(CHAT) == [a, b]
+        assert events.names == ["instance_busy"], "said once"
+
+    def test_all_of_them_are_candidates_all_the_same(self, make: Make) -> None:
+        instances = some(2)
+        fleet = make(*instances)
+        for instance in instances:
+            fleet.record_failure(instance, EngineError(429, b"{}", retry_after_s=3600.0))
+        assert fleet.with_room(CHAT) == instances
+
     @pytest.mark.parametrize("state", ["unhealthy", "draining", "starting", "wrong_model"])
     def test_never_what_its_owner_or_its_server_took_out(self, make: Make, state: str) -> None:
         (a,) = some(1)
@@ -380,6 +422,15 @@ class TestPassiveMarking:
                 fleet.record_failure(instance, SLOW)
         assert len(fleet.eligible(CHAT)) == count - out_at_most
         assert events.names.count("ejection_withheld") == count - out_at_most
+
+    def test_half_of_every_name_that_it_serves(self, make: Make) -> None:
+        adapted = some(2, served_models=["m", "adapter"])
+        plain = [ExecutionInstance(instance_id=f"p{k}", port=9000 + k, model_name="m") for k in range(6)]
+        fleet = make(*adapted, *plain)
+        for instance in adapted:
+            for _ in range(3):
+                fleet.record_failure(instance, SLOW)
+        assert len(fleet.eligible(CHAT._replace(model="adapter"))) == 1
 
     def test_errors_may_take_out_all(self, make: Make) -> None:
         instances = some(4)

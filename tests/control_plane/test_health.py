@@ -534,6 +534,27 @@ class TestEjections:
             assert house.fleet.has_room(house.instance)
             house.fleet.placed(house.instance, 1.0)
 
+    async def test_a_trial_holds_nothing_back_where_there_is_nothing_better(self, house: House) -> None:
+        await house.probe()
+        await self.eject(house)
+        await house.probe(5.0)
+        other = house.fleet.get("b")
+        assert other is not None
+        house.fleet.placed(house.instance, 1.0)
+        assert house.fleet.with_room(CHAT) == [other]
+        other.health_status = "draining"
+        assert house.fleet.with_room(CHAT) == [house.instance]
+
+    async def test_it_is_not_tried_out_with_a_request_that_failed_before(self, house: House) -> None:
+        await house.probe()
+        await self.eject(house)
+        await house.probe(5.0)
+        third = ExecutionInstance(instance_id="c", port=7, model_name="m")
+        house.fleet.add(third)
+        assert house.instance in house.fleet.with_room(CHAT)
+        assert house.fleet.with_room(CHAT._replace(avoid=frozenset("b"))) == [third]
+        assert house.fleet.with_room(CHAT._replace(avoid=frozenset("bc"))) == [house.instance]
+
     async def test_a_failed_trial_ejects_for_longer_each_time(self, house: House) -> None:
         await house.probe()
         await self.eject(house)
@@ -678,6 +699,20 @@ class TestLoop:
         await until(lambda: not house.serves)
         house.engine.refuses = False
         await until(lambda: house.serves)
+
+    @pytest.mark.parametrize(("refuses", "cause"), [(True, "unreachable"), (False, "errors")])
+    async def test_lost_connections_are_said_once_as_what_they_are(self, begin: Begin, refuses: bool, cause: str) -> None:
+        house = begin(probe_interval_s=30.0)
+        house.fleet.start()
+        await until(lambda: house.events.names == ["instance_up"])
+        house.engine.refuses = refuses
+        for _ in range(2):
+            house.fleet.record_failure(house.instance, InstanceFailed("connection reset"))
+        assert house.state == "unhealthy"
+        await until(lambda: house.events.names[1:2] == ["instance_down"])
+        await asyncio.sleep(0.02)
+        ((_, _, fields),) = [event for event in house.events if event[0] == "instance_down"]
+        assert fields["cause"] == cause
 
     async def test_a_refusal_that_was_a_moment_costs_a_moment(self, begin: Begin) -> None:
         house = begin(probe_interval_s=30.0)

@@ -92,6 +92,12 @@ def test_slo_aware_goes_by_latest_start() -> None:
     assert policy.relegates
 
 
+def test_a_far_deadline_is_no_reason_to_starve() -> None:
+    policy = SLOAwarePolicy()
+    assert policy.key(ask(slo_deadline_ms=3_600_000), 0.0, VIEW) <= 300.0
+    assert policy.key(ask(slo_deadline_ms=3_600_000, priority="background"), 0.0, VIEW) < 600.0, "below the queue's own limit"
+
+
 def test_longer_work_with_the_same_deadline_starts_earlier() -> None:
     policy = SLOAwarePolicy()
     short, long = (

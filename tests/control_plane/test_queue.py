@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 from hypothesis import given, settings
@@ -290,3 +291,19 @@ def test_passing_many_for_little_does_not_pay() -> None:
     view = StaticView([instance], now_s=1.0, prefixes=Cached({"u63": 16}))
 
     assert queue.choose(LANE, instance, view, 64, FIFOPolicy()) is jobs[0]
+
+
+class AnswerSinkOfTheCaller:
+    """Whoever waits for the answer; not to be kept alive by us."""
+
+
+def test_what_is_gone_is_not_kept_for_its_deadline() -> None:
+    """A policy that relegates nobody never looks at the deadlines."""
+    queue = RequestQueue()
+    gone = []
+    for n in range(500):
+        one = job(n, latest_start_s=1e9)
+        queue.push(one)
+        one.sink = AnswerSinkOfTheCaller()
+        gone.append(weakref.ref(queue.pop(one).sink))
+    assert sum(found() is not None for found in gone) <= 2 * COMPACT_ABOVE

@@ -43,6 +43,9 @@ def job(*, attempts: int = 1, tried: str = "a", avoid: str = "") -> Job:
         (job(attempts=0, tried=""), REFUSED, False, ALL, frozenset("a")),
         (job(attempts=0, tried="", avoid="bc"), REFUSED, False, ALL, frozenset()),
         (job(attempts=0, tried=""), REFUSED, False, frozenset("a"), frozenset()),
+        # the kept connection broke under it and nobody takes a new one: perhaps it killed the engine, so this was one of its attempts
+        (job(), InstanceFailed("refused", connected=False, reached=True), False, ALL, frozenset("a")),
+        (job(attempts=2, tried="ab", avoid="a"), InstanceFailed("refused", connected=False, reached=True), False, ALL, None),
         # reached one and broke it, then could not reach the others: those only, when they are back
         (job(attempts=1, tried="b", avoid="bc"), REFUSED, False, ALL, frozenset("b")),
     ],

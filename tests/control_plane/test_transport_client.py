@@ -136,6 +136,30 @@ def test_a_retry_is_tried_once(loop: str) -> None:
     run(loop, scenario())
 
 
+def test_what_was_on_a_kept_connection_may_have_been_read_though_nobody_takes_a_new_one(loop: str) -> None:
+    async def scenario() -> None:
+        async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await read_request(reader)
+            writer.write(OK)
+            await read_request(reader)
+            # it dies of the request: no answer, and nobody listens any more
+            server.close()
+            writer.close()
+
+        server = await asyncio.start_server(script, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with client_of(url) as client:
+            assert (await post(client).wait()).body == b"ok"
+            failed = (await post(client).wait()).error
+            assert failed is not None
+            assert (failed.connected, failed.reached, failed.sent) == (False, True, False)
+            failed = (await post(client).wait()).error
+            assert failed is not None
+            assert (failed.connected, failed.reached) == (False, False)
+
+    run(loop, scenario())
+
+
 def test_idle_connections_die_quietly(loop: str) -> None:
     """Closed by the engine, unasked bytes, too old, announced as short-lived: none of them is used again."""
 
