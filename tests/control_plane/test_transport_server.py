@@ -229,7 +229,7 @@ def test_a_half_closed_client_gets_its_answer(loop: str) -> None:
 
 def test_slow_requests_time_out_and_idle_connections_close(loop: str) -> None:
     async def scenario() -> None:
-        limits = ServerLimits(header_timeout_s=0.15, body_timeout_s=0.15, idle_timeout_s=0.15, linger_s=0.1)
+        limits = ServerLimits(header_timeout_s=0.5, body_timeout_s=0.5, idle_timeout_s=0.5, linger_s=0.1)
         async with serving(echo, limits) as server:
             trickle = [b"GET / HTTP/1.1\r\n", *[b"a: b\r\n"] * 40]
             slow_head = ask(server.port, GET[:-2])
