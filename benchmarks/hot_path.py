@@ -125,7 +125,7 @@ def request_of(prompt_bytes: int, *, stream: bool) -> bytes:
 
 
 async def run(given: argparse.Namespace) -> None:
-    manager = ControlPlaneManager()
+    manager = ControlPlaneManager(engine_keepalive_s=1e9)  # connections that no loop serves do not grow old
     for at in range(given.engines):
         manager.register_instance(ExecutionInstance(url=f"http://127.0.0.1:{9001 + at}", model_name="bench"))
     gateway = Gateway(manager, GatewaySettings(access_log=True, access_log_path="/dev/null"))

@@ -24,9 +24,7 @@ from control_plane.router import RoutingStrategy
 from control_plane.types import (
     ExecutionInstance,
     ExecutionInstanceType,
-    Leg,
     PDMetrics,
-    Plan,
     RequestMetadata,
     RequestStatus,
     SchedulingDecision,
@@ -143,10 +141,7 @@ class Dispatcher:
             if not candidates:
                 raise NoInstanceAvailable("every instance for this phase is at its limit")
         placement = self.router.place(request, candidates, fleet)
-        plan = Plan((Leg(placement.instance.instance_id, role),))
-        decision = make_decision(
-            request, placement, fleet, key=key, policy=self.policy.name, router=self.router.name, plan=plan, phase=phase
-        )
+        decision = make_decision(request, placement, fleet, key=key, policy=self.policy.name, router=self.router.name, role=role)
         return decision, phase
 
     # ---- serving
@@ -239,7 +234,10 @@ class Dispatcher:
         instance = self.fleet.get(decision.instance_id)
         if instance is not None:
             # its own work only: what it waits for is already counted by those that it waits for
-            job.predicted_ms = max(0.0, decision.estimated_latency_ms - self.fleet.predictor.wait_ms(instance))
+            service_ms = decision.service_ms
+            if service_ms is None:
+                service_ms = max(0.0, decision.estimated_latency_ms - self.fleet.predictor.wait_ms(instance))
+            job.predicted_ms = service_ms
             lend_target(job, instance)
         job.state = RequestStatus.SCHEDULED
         self._count_phase(phase, decision)

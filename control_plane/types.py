@@ -553,6 +553,8 @@ class SchedulingDecision:
     candidates: tuple[Candidate, ...]
     policy: str
     router: str
+    #: the request's own service there in predicted milliseconds, without waiting; None where only the sum was told
+    service_ms: float | None
 
     def __init__(
         self,
@@ -568,6 +570,7 @@ class SchedulingDecision:
         candidates: tuple[Candidate, ...] = (),
         policy: str = "",
         router: str = "",
+        service_ms: float | None = None,
     ) -> None:
         # one update of the instance dict: a frozen dataclass's own __init__ costs four times as much, and this is the hot path
         self.__dict__.update(
@@ -583,6 +586,7 @@ class SchedulingDecision:
             candidates=candidates,
             policy=policy,
             router=router,
+            service_ms=service_ms,
         )
 
     @property

@@ -11,7 +11,7 @@ import heapq
 import inspect
 from collections.abc import Sequence
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 from control_plane.errors import ConfigurationError
 from control_plane.protocols import FleetView
@@ -23,13 +23,53 @@ SAMPLE_SIZE = 32
 MAX_HOLDERS = 16
 
 
-class Placement(NamedTuple):
-    """A router's answer. ``candidates``: at most 16, best first, the chosen one always among them."""
+class Placement:
+    """A router's answer. ``candidates``: at most 16, best first, the chosen one always among them. ``service_ms``: the request's own
+    service on the chosen instance, where the router has worked it out anyway."""
 
-    instance: ExecutionInstance
-    predicted_ms: float
-    candidates: tuple[Candidate, ...]
-    reason: str
+    __slots__ = ("candidates", "instance", "predicted_ms", "reason", "service_ms")
+
+    def __init__(
+        self,
+        instance: ExecutionInstance,
+        predicted_ms: float,
+        candidates: tuple[Candidate, ...] = (),
+        reason: str = "",
+        service_ms: float | None = None,
+    ) -> None:
+        self.instance = instance
+        self.predicted_ms = predicted_ms
+        self.candidates = candidates
+        self.reason = reason
+        self.service_ms = service_ms
+
+
+class ScoredPlacement(Placement):
+    """One whose ``candidates`` and ``reason`` are written out when somebody looks at them, from the scores that it went by."""
+
+    __slots__ = ("_at", "_rule", "_scores_ms", "_seen", "_there_are")
+
+    def __init__(
+        self, seen: Sequence[ExecutionInstance], scores_ms: Sequence[float], at: int, there_are: int, rule: str, service_ms: float
+    ) -> None:
+        """``at``: which of ``seen`` was chosen, of ``there_are`` candidates; ``rule``: the reason's beginning."""
+        self.instance = seen[at]
+        self.predicted_ms = scores_ms[at]
+        self.service_ms = service_ms
+        self._seen = seen
+        self._scores_ms = scores_ms
+        self._at = at
+        self._there_are = there_are
+        self._rule = rule
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:  # type: ignore[override]
+        return recorded(self._seen, self._scores_ms, self._at)
+
+    @property
+    def reason(self) -> str:  # type: ignore[override]
+        note = sample_note(len(self._seen), self._there_are)
+        return f"{self._rule}, {self.predicted_ms:.0f} ms with this request, of {len(self._seen)}{note}"
 
 
 class RoutingStrategy:
@@ -96,14 +136,14 @@ def work_ms(request: RequestMetadata, candidates: Sequence[ExecutionInstance], v
     services: list[float] = batch(request, candidates) if batch is not None else [predictor.service_ms(request, i) for i in candidates]
     totals = []
     for instance, service_ms in zip(candidates, services, strict=True):
-        in_flight_ms = instance.outstanding_ms or _unaccounted_ms(instance, service_ms)
+        in_flight_ms = instance.outstanding_ms
+        if not in_flight_ms and (instance.active_requests or instance.current_load):
+            in_flight_ms = _unaccounted_ms(instance, service_ms)
         totals.append(service_ms + in_flight_ms / instance.data_parallel_size if in_flight_ms else service_ms)
     return totals, services
 
 
 def _unaccounted_ms(instance: ExecutionInstance, service_ms: float) -> float:
-    if not instance.current_load and not instance.active_requests:
-        return 0.0
     free = max(0.01, 1.0 - instance.current_load)
     return service_ms * max(instance.active_requests, (1.0 - free) / free)
 
@@ -148,8 +188,8 @@ def record_around(
     if len(seen) < MAX_RECORDED < len(candidates):
         seen = [*seen, *candidates[: MAX_RECORDED - len(seen)]]
     index = at if seen is candidates else 0
-    scores_ms, _ = work_ms(request, seen, view)
-    return Placement(chosen, scores_ms[index], recorded(seen, scores_ms, index), reason)
+    scores_ms, services_ms = work_ms(request, seen, view)
+    return Placement(chosen, scores_ms[index], recorded(seen, scores_ms, index), reason, services_ms[index])
 
 
 def least(scores_ms: list[float], tolerance_ms: float, turn: int) -> int:

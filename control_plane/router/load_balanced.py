@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from random import Random
 
 from control_plane.protocols import FleetView
-from control_plane.router.base import Placement, RoutingStrategy, least, recorded, sample_note, sampled, work_ms
+from control_plane.router.base import SAMPLE_ABOVE, Placement, RoutingStrategy, ScoredPlacement, least, sampled, work_ms
 from control_plane.types import ExecutionInstance, RequestMetadata
 
 #: candidates that differ by less than this share of the request's own service count as equal and take turns
@@ -24,10 +24,8 @@ class LoadBalanced(RoutingStrategy):
         self._turn = 0
 
     def place(self, request: RequestMetadata, candidates: Sequence[ExecutionInstance], view: FleetView) -> Placement:
-        seen = sampled(request, candidates, view, self._rng)
+        seen = candidates if len(candidates) <= SAMPLE_ABOVE else sampled(request, candidates, view, self._rng)
         scores_ms, services_ms = work_ms(request, seen, view)
         chosen = least(scores_ms, TIE_SHARE * min(services_ms), self._turn)
         self._turn += 1
-        note = sample_note(len(seen), len(candidates))
-        reason = f"least outstanding predicted work, {scores_ms[chosen]:.0f} ms with this request, of {len(seen)}{note}"
-        return Placement(seen[chosen], scores_ms[chosen], recorded(seen, scores_ms, chosen), reason)
+        return ScoredPlacement(seen, scores_ms, chosen, len(candidates), "least outstanding predicted work", services_ms[chosen])

@@ -45,7 +45,7 @@ class RequestRouter(RoutingStrategy):
 
     def place(self, request: RequestMetadata, candidates: Sequence[ExecutionInstance], view: FleetView) -> Placement:
         answer = self._strategy.place(request, candidates, view)
-        return answer if type(answer) is Placement else placement_of(answer, request, candidates, view, self.name)
+        return answer if isinstance(answer, Placement) else placement_of(answer, request, candidates, view, self.name)
 
     async def select_instance(
         self, request: RequestMetadata, available_instances: Sequence[ExecutionInstance], phase: str | None = None
