@@ -104,12 +104,12 @@ def for_phase(phase: str | None, candidates: Sequence[ExecutionInstance]) -> tup
 
     Specialised ones with room in the role, else general ones with room, else those of the other role, as serving there beats refusing.
     Empty when all that are left have reached a role's cap (``target_batch_size``, ``max_parallel_requests``): it has to wait.
-    ``phase`` None: all.
+    ``phase`` None: all. Health is not looked at: whoever chose the candidates did, and the last resort of a model may be unhealthy.
     """
     if phase is None:
         return list(candidates), False
     wanted = parse_phase(phase)
-    takes = ExecutionInstance.can_accept_prefilling_request if wanted is PREFILLING else ExecutionInstance.can_accept_decoding_request
+    takes = _has_prefilling_room if wanted is PREFILLING else _has_decoding_room
     special = [i for i in candidates if i.instance_type == wanted and takes(i)]
     if special:
         return special, True
@@ -118,6 +118,20 @@ def for_phase(phase: str | None, candidates: Sequence[ExecutionInstance]) -> tup
     if general:
         return general, False
     return [i for i in candidates if i.instance_type == other and _has_own_room(i)], False
+
+
+def _has_prefilling_room(instance: ExecutionInstance) -> bool:
+    options = instance.prefilling_config
+    return instance.active_requests < instance.concurrency_limit and (
+        options is None or instance.prefilling_active_requests < options.target_batch_size
+    )
+
+
+def _has_decoding_room(instance: ExecutionInstance) -> bool:
+    options = instance.decoding_config
+    return instance.active_requests < instance.concurrency_limit and (
+        options is None or instance.decoding_active_requests < options.max_parallel_requests
+    )
 
 
 def _has_own_room(instance: ExecutionInstance) -> bool:

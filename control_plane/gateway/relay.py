@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from control_plane.errors import ControlPlaneError, Draining, InvalidRequest
 from control_plane.gateway.access_log import AccessLog, Line
 from control_plane.gateway.cors import Cors
-from control_plane.gateway.endpoints import ANY, Endpoint
+from control_plane.gateway.endpoints import ANY, Endpoint, in_anthropic_api
 from control_plane.gateway.guard import ClientKeys
 from control_plane.gateway.openai import NamesNoModel, read
 from control_plane.gateway.replies import TooManyStreams, UnknownPath, WrongMethod, error_answer
@@ -60,7 +60,7 @@ class Relay:
     def relay(self, exchange: Exchange, endpoint: Endpoint) -> None:
         """Answer one POST to an engine's path. Never raises for what a client sent."""
         headers = dict(exchange.headers)
-        request_id = self._ids.take(headers.get(b"x-request-id"))
+        request_id = self.take_id(headers)
         try:
             self._check(headers)
             ask = read(endpoint, exchange.body, headers, self.manager.resolve_model, ask_usage=self._settings.ask_usage)
@@ -91,7 +91,7 @@ class Relay:
     def stored(self, exchange: Exchange) -> None:
         """Answer a request about a stored response: GET or DELETE of it, POST to its cancel."""
         headers = dict(exchange.headers)
-        request_id = self._ids.take(headers.get(b"x-request-id"))
+        request_id = self.take_id(headers)
         try:
             self._check(headers)
             instance = self._home_of(exchange)
@@ -182,12 +182,19 @@ class Relay:
         if isinstance(error, NamesNoModel) and endpoint.generic:
             error = UnknownPath(f"There is no {exchange.method} {exchange.path[:200]} here, and the body names no model to relay it by.")
         self.refused[error.code] += 1
-        status, own, body = error_answer(error, anthropic=endpoint.anthropic)
+        status, own, body = error_answer(error, anthropic=endpoint.anthropic or in_anthropic_api(exchange.path))
         own.append((b"x-request-id", request_id.encode()))
         exchange.respond(status, [*own, *self.cors.headers(headers)], body)
+        self.note(request_id, exchange.method, exchange.path, status, error.code)
+
+    def take_id(self, headers: Mapping[bytes, bytes]) -> str:
+        """The client's own id for a request where it is fit, else a new one."""
+        return self._ids.take(headers.get(b"x-request-id"))
+
+    def note(self, request_id: str, method: str, path: str, status: int, code: str, total_ms: float = 0.0) -> None:
+        """One line of the access log, for what no engine was asked."""
         if self._log is not None:
-            now_s = self._clock.now_s()
-            self._log.write(Line(self._log.stamp(now_s), request_id, exchange.method, exchange.path[:200], status, 0.0, error.code))
+            self._log.write(Line(self._log.stamp(self._clock.now_s()), request_id, method, path[:200], status, total_ms, code))
 
     def _keep_waiting(self, sink: ClientSink, interval_s: float) -> None:
         def tick() -> None:

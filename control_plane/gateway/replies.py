@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 
 from control_plane.errors import ControlPlaneError, EngineError
+from control_plane.transport import Refused
+from control_plane.transport.wire import refusal_body
 
 Header = tuple[bytes, bytes]
 
@@ -92,11 +94,26 @@ def error_event(error: ControlPlaneError, *, anthropic: bool) -> bytes:
     return b"event: error\ndata: %b\n\n" % body if anthropic else b"data: %b\n\n" % body
 
 
+def refused_answer(refused: Refused, *, anthropic: bool) -> tuple[list[Header], bytes]:
+    """Headers and body for what the listener refused before it was a request."""
+    status = refused.status
+    headers = [JSON]
+    if refused.retry_after_s is not None:
+        headers.append((b"retry-after", b"%d" % refused.retry_after_s))
+    if not anthropic:
+        return headers, refusal_body(status, refused.code, refused.message)
+    return headers, encode(_anthropic_shape(status, refused.message, None, refused.code))
+
+
 def _shape(error: ControlPlaneError, status: int, *, anthropic: bool) -> Mapping[str, Any]:
     if not anthropic:
         return error.to_openai()
+    return _anthropic_shape(status, error.message, error.param, error.code)
+
+
+def _anthropic_shape(status: int, message: str, param: str | None, code: str) -> Mapping[str, Any]:
     kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message, "param": error.param, "code": error.code}}
+    return {"type": "error", "error": {"type": kind, "message": message, "param": param, "code": code}}
 
 
 def _retry_after(error: ControlPlaneError, status: int) -> list[Header]:

@@ -1,8 +1,9 @@
 """HTTP/1.1 on asyncio protocols and llhttp: the server's side, the client's side, and the coarse timers of both."""
 
 from control_plane.transport.client import ClientCall, HttpClient, Receiver
-from control_plane.transport.exchange import Exchange
+from control_plane.transport.exchange import Exchange, path_of
 from control_plane.transport.limits import ClientLimits, ServerLimits
+from control_plane.transport.request_head import Refused
 from control_plane.transport.server import Handler, HttpServer
 from control_plane.transport.wheel import Deadline, Timer, TimerWheel
 
@@ -15,7 +16,9 @@ __all__ = [
     "HttpClient",
     "HttpServer",
     "Receiver",
+    "Refused",
     "ServerLimits",
     "Timer",
     "TimerWheel",
+    "path_of",
 ]

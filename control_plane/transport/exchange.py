@@ -249,6 +249,11 @@ class Exchange:
         self._connection.exchange_finished(self.keep_alive)
 
 
+def path_of(target: bytes) -> str:
+    """The path in a request target of any form, whole or not."""
+    return (target if target[:1] == b"/" else origin_form(target)).partition(b"?")[0].decode("latin-1")
+
+
 def origin_form(target: bytes) -> bytes:
     """The path and query of an absolute-form target (``http://host/path?query``); ``*`` stays what it is."""
     _, scheme, rest = target.partition(b"://")

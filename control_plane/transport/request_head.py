@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
 from control_plane.transport.wire import has_token
@@ -12,7 +12,14 @@ _HOST: Final = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+;=%:-]*|\[[0-9A-Fa-f:.]+\](
 
 
 class Refused(Exception):
-    """A request that is not handed on: the answer it gets, in OpenAI's error shape, before its connection is closed."""
+    """A request that is not handed on: the answer it gets, in OpenAI's error shape, before its connection is closed.
+
+    ``method``, ``target`` and ``headers`` hold what of it had been read.
+    """
+
+    method = ""
+    target = b""
+    headers: Sequence[tuple[bytes, bytes]] = ()
 
     def __init__(self, status: int, code: str, message: str, retry_after_s: int | None = None) -> None:
         super().__init__(message)
