@@ -163,6 +163,8 @@ class ClientSink:
             headers.append((b"x-queue-ms", b"%.1f" % ((job.scheduled_s - job.arrival_s) * 1000.0)))
             if self.explain and job.decision is not None:
                 headers.append((b"x-decision", json.dumps(describe_decision(job.decision), separators=(",", ":")).encode()))
+        if self.endpoint.anthropic:
+            headers.append((b"request-id", headers[0][1]))  # the name that Anthropic's clients read
         if self.extra_headers:
             headers += self.extra_headers
         return headers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import ssl as tls
 from collections.abc import Callable
 from typing import Final
@@ -78,9 +79,12 @@ class HttpServer:
         self.wheel = self._given_wheel or TimerWheel(self.loop)
         self.draining = False
         handshake_s = self.limits.header_timeout_s if self._ssl else None
-        self._listener = await self.loop.create_server(
-            lambda: ServerConnection(self), host, port, ssl=self._ssl, backlog=self.limits.backlog, ssl_handshake_timeout=handshake_s
-        )
+        try:
+            self._listener = await self.loop.create_server(
+                lambda: ServerConnection(self), host, port, ssl=self._ssl, backlog=self.limits.backlog, ssl_handshake_timeout=handshake_s
+            )
+        except socket.gaierror as error:
+            raise OSError(f"cannot listen on {host!r}: {error.strerror}") from None
         self._host = host
         self._port = self._listener.sockets[0].getsockname()[1]
 
