@@ -236,7 +236,7 @@ class EngineAnswer:
             if self._ended:
                 return
         if not self._saw_done and self._wire.path.partition("?")[0].endswith("/completions"):
-            self._give_up("the engine ended its stream early, without [DONE]")
+            self._give_up("the engine ended its stream before its closing event")
             return
         if not self._started:
             self._begin()

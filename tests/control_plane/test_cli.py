@@ -303,6 +303,8 @@ def test_serve_over_a_simulated_engine_from_start_to_signal(started: list[Runnin
 
     assert engine.url
     assert serve.url
+    listed = json.loads(fetch(f"{serve.url}/v1/models")[1])["data"]
+    assert [card["id"] for card in listed] == ["sim"], "its models are known as soon as it says that it listens"
     with ask(f"{serve.url}/v1/chat/completions", chat()) as answer:
         assert (answer.status, json.load(answer)["object"]) == (200, "chat.completion")
         request_id = answer.headers["x-request-id"]
