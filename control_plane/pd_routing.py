@@ -100,38 +100,35 @@ def parse_phase(phase: str) -> ExecutionInstanceType:
 
 
 def for_phase(phase: str | None, candidates: Sequence[ExecutionInstance]) -> tuple[list[ExecutionInstance], bool]:
-    """(the candidates for a phase, whether they are specialised in it).
+    """(the candidates for a phase, whether they are specialised in it). Whether they are well is not asked again here: they may be
+    candidates because nothing better is left.
 
     Specialised ones with room in the role, else general ones with room, else those of the other role, as serving there beats refusing.
     Empty when all that are left have reached a role's cap (``target_batch_size``, ``max_parallel_requests``): it has to wait.
-    ``phase`` None: all. Health is not looked at: whoever chose the candidates did, and the last resort of a model may be unhealthy.
+    ``phase`` None: all.
     """
     if phase is None:
         return list(candidates), False
     wanted = parse_phase(phase)
-    takes = _has_prefilling_room if wanted is PREFILLING else _has_decoding_room
+    takes = _takes_prefill if wanted is PREFILLING else _takes_decode
     special = [i for i in candidates if i.instance_type == wanted and takes(i)]
     if special:
         return special, True
     other = DECODING if wanted is PREFILLING else PREFILLING
-    general = [i for i in candidates if i.instance_type not in (other, wanted) and takes(i)]
+    general = [i for i in candidates if (kind := i.instance_type) != other and kind != wanted and takes(i)]
     if general:
         return general, False
     return [i for i in candidates if i.instance_type == other and _has_own_room(i)], False
 
 
-def _has_prefilling_room(instance: ExecutionInstance) -> bool:
+def _takes_prefill(instance: ExecutionInstance) -> bool:
     options = instance.prefilling_config
-    return instance.active_requests < instance.concurrency_limit and (
-        options is None or instance.prefilling_active_requests < options.target_batch_size
-    )
+    return options is None or instance.prefilling_active_requests < options.target_batch_size
 
 
-def _has_decoding_room(instance: ExecutionInstance) -> bool:
+def _takes_decode(instance: ExecutionInstance) -> bool:
     options = instance.decoding_config
-    return instance.active_requests < instance.concurrency_limit and (
-        options is None or instance.decoding_active_requests < options.max_parallel_requests
-    )
+    return options is None or instance.decoding_active_requests < options.max_parallel_requests
 
 
 def _has_own_room(instance: ExecutionInstance) -> bool:

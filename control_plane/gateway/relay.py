@@ -14,7 +14,7 @@ from control_plane.gateway.guard import ClientKeys
 from control_plane.gateway.openai import NamesNoModel, read
 from control_plane.gateway.replies import TooManyStreams, UnknownPath, WrongMethod, error_answer
 from control_plane.gateway.request_ids import RequestIds
-from control_plane.gateway.responses import ResponseHomes, response_path
+from control_plane.gateway.responses import ResponseHomes, gone, response_path
 from control_plane.gateway.settings import GatewaySettings
 from control_plane.gateway.sink import ClientSink, ResponsesSink
 from control_plane.job import Job
@@ -81,6 +81,8 @@ class Relay:
             sink.explain = headers[b"x-explain"] not in (b"0", b"false", b"")
         if isinstance(sink, ResponsesSink):
             sink.remember_in(self.homes)
+        if pinned is not None:
+            sink.gone = gone(ask.previous_response_id or "", pinned, "previous_response_id")
         wire = WireRequest(
             _target(exchange), ask.body, ask.stream, ask.hide_usage, "POST", self._engine_headers(exchange, headers, request_id)
         )
@@ -94,7 +96,7 @@ class Relay:
         request_id = self.take_id(headers)
         try:
             self._check(headers)
-            instance = self._home_of(exchange)
+            response_id, instance = self._home_of(exchange)
         except ControlPlaneError as error:
             self._turn_away(exchange, ANY, request_id, headers, error)
             return
@@ -105,9 +107,10 @@ class Relay:
         forwarded = self._engine_headers(exchange, headers, request_id)
         wire = WireRequest(_target(exchange), exchange.body, stream, method=exchange.method, headers=forwarded)
         sink = ClientSink(exchange, ANY, request_id, self, stream=stream)
+        sink.gone = gone(response_id, instance.instance_id, "response_id")
         self._accept(request, wire, sink, RequestKind.ANY, headers, instance.instance_id)
 
-    def _home_of(self, exchange: Exchange) -> ExecutionInstance:
+    def _home_of(self, exchange: Exchange) -> tuple[str, ExecutionInstance]:
         found = response_path(exchange.path)
         if found is None:
             raise UnknownPath(f"There is no {exchange.path[:200]!r} here.")
@@ -115,15 +118,18 @@ class Relay:
         allowed = {"": ("GET", "DELETE"), "/cancel": ("POST",), "/input_items": ("GET",)}[rest]
         if exchange.method not in allowed:
             raise WrongMethod(exchange.method, exchange.path, ", ".join(allowed))
-        instance = self.manager.fleet.get(self.homes.find(response_id, "response_id"))
+        home = self.homes.find(response_id, "response_id")
+        self.homes.check(response_id, home, "response_id", new_work=False)
+        instance = self.manager.fleet.get(home)
         assert instance is not None
-        return instance
+        return response_id, instance
 
     def _home_of_previous(self, response_id: str, model: str) -> str:
         home = self.homes.find(response_id, "previous_response_id")
         instance = self.manager.fleet.get(home)
         if instance is not None and instance.model_name and not instance.serves(model):
             raise InvalidRequest(f"response {response_id!r} is on an instance that does not serve {model!r}", param="previous_response_id")
+        self.homes.check(response_id, home, "previous_response_id", new_work=True)
         return home
 
     def check_key(self, exchange: Exchange) -> None:

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from typing import Protocol
 
-from control_plane.errors import ControlPlaneError
+from control_plane.errors import ControlPlaneError, InstanceFailed, NoInstanceAvailable
 from control_plane.gateway.endpoints import Endpoint
 from control_plane.gateway.replies import EVENT_STREAM, Header, error_answer, error_event, header_text
 from control_plane.gateway.responses import ResponseHomes, response_id_in
@@ -55,7 +55,20 @@ class Desk(Protocol):
 class ClientSink:
     """Implements :class:`~control_plane.protocols.Sink` over one Exchange. ``job`` is set by whoever hands it to the manager."""
 
-    __slots__ = ("_begun", "_desk", "_events", "chunk", "endpoint", "exchange", "explain", "extra_headers", "job", "request_id", "stream")
+    __slots__ = (
+        "_begun",
+        "_desk",
+        "_events",
+        "chunk",
+        "endpoint",
+        "exchange",
+        "explain",
+        "extra_headers",
+        "gone",
+        "job",
+        "request_id",
+        "stream",
+    )
 
     def __init__(
         self,
@@ -75,6 +88,8 @@ class ClientSink:
         self.explain = explain
         self.extra_headers = extra_headers
         self.job: Job | None = None
+        #: what is said when the one instance that this request can go to cannot be reached; None: any will do
+        self.gone: ControlPlaneError | None = None
         self._desk = desk
         #: the engine has answered
         self._begun = False
@@ -118,6 +133,8 @@ class ClientSink:
         exchange = self.exchange
         if exchange is None:
             return
+        if self.gone is not None and _unreachable(error):
+            error = self.gone
         anthropic = self.endpoint.anthropic
         if not exchange.started:
             status, headers, body = error_answer(error, anthropic=anthropic)
@@ -207,6 +224,10 @@ class ResponsesSink(ClientSink):
                 self._homes.remember(response_id, job.instance.instance_id)
                 self._pieces_left = 0
         self._write(data)
+
+
+def _unreachable(error: ControlPlaneError) -> bool:
+    return isinstance(error, NoInstanceAvailable) or (isinstance(error, InstanceFailed) and not error.connected)
 
 
 def _drop(data: bytes) -> None:
