@@ -27,6 +27,7 @@ from control_plane.gateway.replies import (
     WrongMethod,
     encode,
     error_answer,
+    id_headers,
     refused_answer,
 )
 from control_plane.gateway.settings import GatewaySettings
@@ -215,7 +216,8 @@ class Gateway:
     def _respond(self, exchange: Exchange, status: int, headers: list[Header], body: bytes, code: str = "") -> None:
         """An answer of our own. Probes are not in the access log: they would drown what is."""
         request_id = self.relay.take_id(dict(exchange.headers))
-        exchange.respond(status, [*headers, (b"x-request-id", request_id.encode())], body)
+        ids = id_headers(request_id, anthropic=in_anthropic_api(exchange.path))
+        exchange.respond(status, [*headers, *ids], body)
         if exchange.path not in _PROBES:
             self.relay.note(request_id, exchange.method, exchange.path, status, code, _elapsed_ms(exchange))
 
@@ -271,11 +273,12 @@ class Gateway:
         """What the listener refused before it was a request is answered and noted as any other, as far as it had been read."""
         asked = dict(refused.headers)
         path = path_of(refused.target)
-        headers, body = refused_answer(refused, anthropic=in_anthropic_api(path))
+        anthropic = in_anthropic_api(path)
+        headers, body = refused_answer(refused, anthropic=anthropic)
         request_id = self.relay.take_id(asked)
         self.relay.refused[refused.code] += 1
         self.relay.note(request_id, refused.method, path, refused.status, refused.code)
-        return [*headers, (b"x-request-id", request_id.encode()), *self.relay.cors.headers(asked)], body
+        return [*headers, *id_headers(request_id, anthropic=anthropic), *self.relay.cors.headers(asked)], body
 
     def _crashed(self, exchange: Exchange, error: BaseException) -> None:
         """A fault of ours: it is logged with its trace, the client is told, and the rest goes on."""

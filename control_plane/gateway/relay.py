@@ -12,7 +12,7 @@ from control_plane.gateway.cors import Cors
 from control_plane.gateway.endpoints import ANY, Endpoint, in_anthropic_api
 from control_plane.gateway.guard import ClientKeys
 from control_plane.gateway.openai import NamesNoModel, read
-from control_plane.gateway.replies import TooManyStreams, UnknownPath, WrongMethod, error_answer
+from control_plane.gateway.replies import TooManyStreams, UnknownPath, WrongMethod, error_answer, id_headers
 from control_plane.gateway.request_ids import RequestIds
 from control_plane.gateway.responses import ResponseHomes, gone, response_path
 from control_plane.gateway.settings import GatewaySettings
@@ -188,9 +188,9 @@ class Relay:
         if isinstance(error, NamesNoModel) and endpoint.generic:
             error = UnknownPath(f"There is no {exchange.method} {exchange.path[:200]} here, and the body names no model to relay it by.")
         self.refused[error.code] += 1
-        status, own, body = error_answer(error, anthropic=endpoint.anthropic or in_anthropic_api(exchange.path))
-        own.append((b"x-request-id", request_id.encode()))
-        exchange.respond(status, [*own, *self.cors.headers(headers)], body)
+        anthropic = endpoint.anthropic or in_anthropic_api(exchange.path)
+        status, own, body = error_answer(error, anthropic=anthropic)
+        exchange.respond(status, [*own, *id_headers(request_id, anthropic=anthropic), *self.cors.headers(headers)], body)
         self.note(request_id, exchange.method, exchange.path, status, error.code)
 
     def take_id(self, headers: Mapping[bytes, bytes]) -> str:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from control_plane.errors import ControlPlaneError, InstanceFailed, NoInstanceAvailable
 from control_plane.gateway.endpoints import Endpoint
-from control_plane.gateway.replies import EVENT_STREAM, Header, error_answer, error_event, header_text
+from control_plane.gateway.replies import EVENT_STREAM, Header, error_answer, error_event, header_text, id_headers
 from control_plane.gateway.responses import ResponseHomes, response_id_in
 from control_plane.job import Job
 from control_plane.manager import describe_decision
@@ -173,15 +173,13 @@ class ClientSink:
     # ---- inside
 
     def _own_headers(self) -> list[Header]:
-        headers = [(b"x-request-id", self.request_id.encode())]
+        headers = id_headers(self.request_id, anthropic=self.endpoint.anthropic)
         job = self.job
         if job is not None and (instance := job.instance) is not None:
             headers.append((b"x-instance-id", header_text(instance.instance_id)))
             headers.append((b"x-queue-ms", b"%.1f" % ((job.scheduled_s - job.arrival_s) * 1000.0)))
             if self.explain and job.decision is not None:
                 headers.append((b"x-decision", json.dumps(describe_decision(job.decision), separators=(",", ":")).encode()))
-        if self.endpoint.anthropic:
-            headers.append((b"request-id", headers[0][1]))  # the name that Anthropic's clients read
         if self.extra_headers:
             headers += self.extra_headers
         return headers

@@ -110,9 +110,12 @@ async def test_errors_below_the_messages_api_have_its_shape(stand: Any, method: 
 
 
 async def test_answers_to_messages_carry_the_id_under_the_name_that_its_clients_read(stand: Any) -> None:
-    answer = await stand.ask("POST", MESSAGES, {"model": "m", "max_tokens": 4, "messages": []}, x_request_id="mine")
+    good = await stand.ask("POST", MESSAGES, {"model": "m", "max_tokens": 4, "messages": []}, x_request_id="mine")
+    refused = await stand.ask("POST", MESSAGES, {"model": "m", "priority": "none"}, x_request_id="mine")
+    unknown = await stand.ask("GET", f"{MESSAGES}/batches", x_request_id="mine")
 
-    assert (answer.header("request-id"), answer.header("x-request-id")) == ("mine", "mine")
+    for answer in (good, refused, unknown):
+        assert (answer.header("request-id"), answer.header("x-request-id")) == ("mine", "mine")
 
 
 async def test_pages_and_admin_are_noted_and_probes_are_not(make_stand: Any, tmp_path: Path) -> None:
@@ -172,6 +175,21 @@ async def test_a_stream_without_its_end_is_told_also_where_the_url_has_a_query(s
     assert stand.engine.seen[-1].target == f"{CHAT}?api-version=1".encode()
     assert b'"code":"instance_failed"' in answer.body
     assert b"[DONE]" not in answer.body
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "kind"), [(413, "invalid_request", "invalid_request_error"), (500, "instance_failed", "server_error")]
+)
+async def test_a_text_that_an_engine_answers_an_error_with_goes_into_the_shape(make_stand: Any, status: int, code: str, kind: str) -> None:
+    stand = await make_stand(max_attempts=1)
+    stand.engine.answer = lambda exchange: exchange.respond(status, [(b"content-type", b"text/html")], b"<p>too bad</p>")
+
+    answer = await stand.ask("POST", CHAT, {"model": "m", "messages": []})
+    messages = await stand.ask("POST", MESSAGES, {"model": "m", "messages": []})
+
+    assert (answer.status, answer.header("content-type")) == (status, "application/json")
+    assert answer.error == {"message": "<p>too bad</p>", "type": kind, "param": None, "code": code}
+    assert (messages.status, messages.json["type"], messages.error["message"]) == (status, "error", "<p>too bad</p>")
 
 
 async def test_the_instances_own_key_takes_the_place_of_both_of_the_clients(stand: Any) -> None:
