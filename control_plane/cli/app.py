@@ -5,8 +5,9 @@ Exit status: 0 done, 1 the work failed, 2 wrong usage or configuration.
 
 from __future__ import annotations
 
+import math
+import os
 import sys
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,15 +25,20 @@ app = typer.Typer(
 )
 
 
-def _checked(least: float, most: float) -> Callable[[float | None], float | None]:
-    """An option's callback that refuses what is out of bounds, saying what was given and what would be right."""
+def _number(least: float, most: float, *, whole: bool = True) -> Any:
+    """An option's parser that says of a value that will not do what was given and what would be right."""
 
-    def check(value: float | None) -> float | None:
-        if value is not None and not least <= value <= most:
-            raise typer.BadParameter(f"{value:g} given; from {least:g} to {most:g} would be right")
+    def parse(text: str) -> float:
+        try:
+            value = int(text) if whole else float(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            wanted = "a whole number" if whole else "a number"
+            raise typer.BadParameter(f"{text} given; {wanted} from {least} to {most} would be right")
         return value
 
-    return check
+    return parse
 
 
 Url = Annotated[str, typer.Option("--url", help="The running gateway (its admin listener, where it has one).")]
@@ -84,9 +90,9 @@ def serve(
     config: Config = None,
     engine: Annotated[list[str] | None, typer.Option("--engine", metavar="URL", help="An engine to serve from; may repeat.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.  [default: 127.0.0.1]")] = None,
-    port: Annotated[int | None, typer.Option(help="0: any free one.  [default: 8080]")] = None,
+    port: Annotated[str | None, typer.Option(metavar="<int>", help="0: any free one.  [default: 8080]")] = None,
     admin_host: Annotated[str | None, typer.Option(help="Address of the admin listener.")] = None,
-    admin_port: Annotated[int | None, typer.Option(help="A listener of its own for the admin API.")] = None,
+    admin_port: Annotated[str | None, typer.Option(metavar="<int>", help="A listener of its own for the admin API.")] = None,
     scheduling_policy: Policy = None,
     routing_strategy: Router = None,
     access_log: Annotated[bool | None, typer.Option("--access-log/--no-access-log", help="One line a request.  [default: on]")] = None,
@@ -112,18 +118,23 @@ def serve(
 
 @app.command("sim-engine")
 def sim_engine(
-    port: Annotated[int, typer.Option(callback=_checked(0, 65_535), help="0: any free one.")],
+    port: Annotated[int, typer.Option(parser=_number(0, 65_535), help="0: any free one.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     model: Annotated[str | None, typer.Option(metavar="NAME", help="The model name it answers to; the profile's when left out.")] = None,
     profile: Annotated[str, typer.Option(help="Which model on which GPU it imitates.")] = "h100-llama3-8b",
-    speed: Annotated[float, typer.Option(callback=_checked(0.001, 10_000), help="10 runs its clock ten times faster.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of its ids.")] = 0,
+    speed: Annotated[float, typer.Option(parser=_number(0.001, 10_000, whole=False), help="10 runs its clock ten times faster.")] = 1.0,
+    seed: Annotated[int, typer.Option(parser=_number(0, 2**63), help="Of its ids.")] = 0,
     kind: Annotated[str, typer.Option(help="generate, or embedding (embeddings, rerank, score).")] = "generate",
     scheduling_policy: Annotated[str, typer.Option(help="fcfs or priority, as in vLLM.")] = "fcfs",
-    max_model_len: Annotated[int | None, typer.Option(help="Longest context in tokens, if less than the profile's.")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(parser=_number(1, 2**31), help="Longest context in tokens, if less than the profile's.")
+    ] = None,
     prefix_caching: Annotated[bool, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="As in vLLM.")] = True,
 ) -> None:
-    """A simulated vLLM server: its paths, streams and metrics, in the time that the profile's hardware would take."""
+    """A simulated vLLM server: its paths, streams and metrics, in the time that the profile's hardware would take.
+
+    As in vLLM, VLLM_ENABLE_RESPONSES_API_STORE=1 in the environment lets it keep the answers of /v1/responses.
+    """
     import uvloop
 
     from control_plane.sim_engine import run_sim_engine
@@ -139,16 +150,17 @@ def sim_engine(
         scheduling_policy=scheduling_policy,
         max_model_len=max_model_len,
         prefix_caching=prefix_caching,
+        responses_store=os.environ.get("VLLM_ENABLE_RESPONSES_API_STORE", "0") not in ("", "0"),
         loop_factory=uvloop.new_event_loop,
     )
 
 
 @app.command()
 def demo(
-    duration_s: Annotated[float, typer.Option(callback=_checked(2, 3_600), help="How long the load runs.")] = 30.0,
-    seed: Annotated[int, typer.Option(help="Of the load.")] = 0,
+    duration_s: Annotated[float, typer.Option(parser=_number(2, 3_600, whole=False), help="How long the load runs.")] = 30.0,
+    seed: Annotated[int, typer.Option(parser=_number(0, 2**63), help="Of the load.")] = 0,
     keep: Annotated[bool, typer.Option("--keep", help="Go on serving afterwards, until Ctrl-C.")] = False,
-    port: Annotated[int, typer.Option(callback=_checked(0, 65_535), help="Of the gateway; 0: any free one.")] = 0,
+    port: Annotated[int, typer.Option(parser=_number(0, 65_535), help="Of the gateway; 0: any free one.")] = 0,
 ) -> None:
     """The quick start: a gateway over three simulated engines, a mixed load, one engine killed on the way, and what came of it."""
     from control_plane.demo import run_demo
@@ -212,9 +224,9 @@ def explain(
 def top(
     url: Url = DEFAULT_URL,
     admin_key: AdminKey = None,
-    interval_s: Annotated[float, typer.Option(callback=_checked(0.5, 3_600), help="Seconds between looks.")] = 1.0,
+    interval_s: Annotated[float, typer.Option(parser=_number(0.5, 3_600, whole=False), help="Seconds between looks.")] = 1.0,
     count: Annotated[
-        int | None, typer.Option(callback=_checked(1, 1_000_000), help="End after so many looks; until Ctrl-C when left out.")
+        int | None, typer.Option(parser=_number(1, 1_000_000), help="End after so many looks; until Ctrl-C when left out.")
     ] = None,
 ) -> None:
     """A running gateway at a glance, renewed until Ctrl-C."""

@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 
-from control_plane.config.names import leaves
+from control_plane.config.load import put
+from control_plane.config.names import annotation_of, is_secret, leaves
 from control_plane.config.schema import ControlPlaneConfig
+from control_plane.config.values import from_text
 from control_plane.errors import ConfigurationError
 
 #: flags that ``serve`` has beside the configuration's fields
@@ -34,7 +36,7 @@ def overrides_from(arguments: Sequence[str]) -> dict[str, Any]:
             value = "false"
         elif not given:
             value = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        _put(tree, path, _parse(flag, value))
+        put(tree, path, _parse(flag, value, path))
     return tree
 
 
@@ -51,16 +53,9 @@ def _unknown(flag: str, flags: dict[str, tuple[str, ...]]) -> str:
     return f"no such option: {flag}" + (f"; did you mean {near[0]}?" if near else "")
 
 
-def _parse(flag: str, value: str) -> Any:
+def _parse(flag: str, value: str, path: Sequence[str]) -> Any:
     try:
-        parsed = yaml.safe_load(value)
+        return from_text(value, annotation_of(ControlPlaneConfig, path))
     except yaml.YAMLError as error:
-        raise ConfigurationError(f"{flag}: {value!r} cannot be read: {error}", param=flag) from None
-    # a text field takes what was typed: `--default-model 8` is the model "8", as the environment would have it
-    return parsed if isinstance(parsed, list | dict | bool | None) else value
-
-
-def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    for part in path[:-1]:
-        tree = tree.setdefault(part, {})
-    tree[path[-1]] = value
+        given = "what was given" if is_secret(path) else repr(value)
+        raise ConfigurationError(f"{flag}: {given} cannot be read: {error}", param=flag) from None

@@ -23,12 +23,16 @@ class AdminClient:
     """Calls ``/control/v1`` of one gateway. ``admin_key`` may be ``file:/path``."""
 
     def __init__(self, url: str, admin_key: str | None = None) -> None:
-        parts = urlsplit(url if "//" in url else f"http://{url}")
+        try:
+            parts = urlsplit(url if "//" in url else f"http://{url}")
+            port = parts.port
+        except ValueError:  # a port that is none, a bracket that is not closed
+            parts, port = urlsplit(""), None
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigurationError(f"--url {url!r} is not like http://HOST:PORT", param="url")
         self._url = f"{parts.scheme}://{parts.netloc}"
         make = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._connection = make(parts.hostname, parts.port, timeout=TIMEOUT_S)
+        self._connection = make(parts.hostname, port, timeout=TIMEOUT_S)
         if admin_key and admin_key.startswith("file:"):
             admin_key = Path(admin_key.removeprefix("file:")).read_text(encoding="utf-8").strip()
         self._headers = {"authorization": f"Bearer {admin_key}"} if admin_key else {}

@@ -21,8 +21,10 @@ from control_plane.gateway.descriptors import raise_descriptor_limit
 from control_plane.gateway.metrics_page import make_exporter
 from control_plane.manager import ControlPlaneManager
 from control_plane.observability.loop_lag import LoopLag
-from control_plane.types import ExecutionInstance
+from control_plane.types import ExecutionInstance, HealthStatus
 
+#: longest wait for the engines' first words before the start is announced
+FIRST_LOOK_S = 2.0
 logger = logging.getLogger("control_plane.serve")
 
 
@@ -67,6 +69,7 @@ async def _serve(manager: ControlPlaneManager, gateway: Gateway, config: Control
     loop_lag.start()
     try:
         await gateway.start(server.host, server.port, server.admin_host, server.admin_port)
+        await engines_told(manager)
         print(f"listening on {gateway.url}", flush=True)
         if server.admin_port is not None:
             logger.info("the admin API is on %s", gateway.admin_url)
@@ -77,6 +80,16 @@ async def _serve(manager: ControlPlaneManager, gateway: Gateway, config: Control
         loop_lag.stop()
         await manager.stop(0.0)
         signals.close()
+
+
+async def engines_told(manager: ControlPlaneManager) -> None:
+    """Until each engine has said what it serves, or is known to be down, so that whoever waits for ``listening on`` finds its models.
+
+    Engines that do neither are not waited for longer than FIRST_LOOK_S.
+    """
+    end_s = manager.clock.now_s() + FIRST_LOOK_S
+    while manager.clock.now_s() < end_s and any(one.health_status == HealthStatus.STARTING for one in manager.get_instances()):
+        await asyncio.sleep(0.02)
 
 
 async def _stop(gateway: Gateway, drain_timeout_s: float, signals: Signals) -> int:

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
-from pydantic_settings import EnvSettingsSource, SettingsError
 
-from control_plane.config.names import env_names, is_secret, nearest, siblings
+from control_plane.config.names import annotation_of, env_names, is_secret, nearest, siblings
 from control_plane.config.schema import ControlPlaneConfig
-from control_plane.config.values import expand
+from control_plane.config.values import expand, from_text
 from control_plane.errors import ConfigurationError
 
 ENV_PREFIX = "CONTROL_PLANE_"
@@ -95,7 +94,7 @@ class _NoDuplicates(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key_node, _ in node.value:
-            key = key_node.value
+            key = key_node.value if isinstance(key_node, yaml.ScalarNode) else id(key_node)
             if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} is there twice", key_node.start_mark)
             seen.add(key)
@@ -105,13 +104,28 @@ class _NoDuplicates(yaml.SafeLoader):
 def _from_environment(problems: list[str]) -> dict[str, Any]:
     known = env_names(ControlPlaneConfig, ENV_PREFIX)
     unknown = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known and not _is_service_link(name))
-    problems += [f"{name}: no such setting{_guess(nearest(name, known))}" for name in unknown]
-    try:
-        given = EnvSettingsSource(ControlPlaneConfig)()
-        return {name: value for name, value in given.items() if name in ControlPlaneConfig.model_fields}
-    except SettingsError as error:
-        problems.append(f"environment: {error}; lists and mappings are written as JSON")
-        return {}
+    problems += [f"{name}: no such setting{_guess(nearest(name, known) or nearest(name, known, 0.0))}" for name in unknown]
+    tree: dict[str, Any] = {}
+    for name, path in known.items():
+        text = os.environ.get(name)
+        if text is None or _is_service_link(name):
+            continue
+        try:
+            put(tree, path, from_text(text, annotation_of(ControlPlaneConfig, path)))
+        except yaml.YAMLError:
+            given = "" if is_secret(path) else f"{text!r} given; "
+            problems.append(f"{name}: {given}lists and mappings are written as JSON")
+    return tree
+
+
+def put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set what stands at ``path``, making the mappings on the way. Where a value that is none is in the way, that is what is wrong."""
+    for part in path[:-1]:
+        inner = tree.setdefault(part, {})
+        if not isinstance(inner, dict):
+            return
+        tree = inner
+    tree[path[-1]] = value
 
 
 def _is_service_link(name: str) -> bool:
@@ -145,7 +159,8 @@ def _unknown(loc: tuple[int | str, ...]) -> str:
     if len(loc) == 1 and key in NOT_YET:
         return NOT_YET[key]
     here, elsewhere = siblings(ControlPlaneConfig, loc)
-    return f"no such key{_guess(elsewhere.get(key) or nearest(key, here))}"
+    found = elsewhere.get(key) or nearest(key, here) or elsewhere.get(nearest(key, elsewhere) or "") or nearest(key, here, 0.0)
+    return f"no such key{_guess(found)}"
 
 
 def _guess(name: str | None) -> str:

@@ -39,8 +39,22 @@ def leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
             yield from leaves(inner, (*path, name))
 
 
-def env_names(tree: Any, prefix: str) -> set[str]:
-    return {prefix + "__".join(path).upper() for path in leaves(tree)}
+def annotation_of(tree: Any, path: Iterable[str]) -> Any:
+    """The annotation of the field at ``path``, as :func:`leaves` gives it."""
+    for name in path:
+        tree = fields_of(_inner(tree))[name]
+    return tree
+
+
+def is_text(annotation: Any) -> bool:
+    """``str`` or ``str | None``: what is typed for it is taken as it is."""
+    return annotation is str or set(get_args(annotation)) == {str, type(None)}
+
+
+def env_names(tree: Any, prefix: str) -> dict[str, tuple[str, ...]]:
+    """The environment variable of every field, with the field's path; outer ones before those inside them."""
+    paths = sorted(leaves(tree), key=len)
+    return {prefix + "__".join(path).upper(): path for path in paths}
 
 
 def siblings(tree: Any, loc: tuple[int | str, ...]) -> tuple[list[str], dict[str, str]]:
@@ -52,12 +66,12 @@ def siblings(tree: Any, loc: tuple[int | str, ...]) -> tuple[list[str], dict[str
     return list(fields_of(here)), {path[-1]: ".".join(path) for path in leaves(tree) if len(path) > 1}
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known name that ``name`` was probably meant to be: the same but for its place in the tree, or spelt alike."""
     known = sorted(known)
     words = name.removeprefix("CONTROL_PLANE_")
     inside = next((one for one in known if one.endswith(f"__{words}")), None)
-    return inside or next(iter(get_close_matches(name, known, 1, 0.6)), None)
+    return inside or next(iter(get_close_matches(name, known, 1, cutoff)), None)
 
 
 def _inner(annotation: Any) -> Any:

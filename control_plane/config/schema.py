@@ -10,7 +10,7 @@ from collections import Counter
 from difflib import get_close_matches
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from control_plane.fleet import HealthSettings
@@ -18,9 +18,17 @@ from control_plane.policies import POLICIES
 from control_plane.router import ROUTERS
 from control_plane.types import DecodingConfig, ExecutionInstance, ExecutionInstanceType, PDSeparationConfig, PrefillingConfig, RequestKind
 
-Port = Annotated[int, Field(ge=0, le=65_535)]
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+
+def _no_truth(value: Any) -> Any:
+    """YAML reads ``yes`` and ``on`` as true, which pydantic would take for the number 1."""
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted")
+    return value
+
+
+Port = Annotated[int, BeforeValidator(_no_truth), Field(ge=0, le=65_535)]
+Seconds = Annotated[float, BeforeValidator(_no_truth), Field(gt=0, allow_inf_nan=False)]
+Count = Annotated[int, BeforeValidator(_no_truth), Field(ge=1)]
 #: a value that is never shown, and may be ``file:/path``
 SECRET: dict[str, Any] = {"secret": True}
 
@@ -73,7 +81,10 @@ class InstanceConfig(_Strict):
 
     @model_validator(mode="after")
     def _is_an_instance(self) -> Self:
-        self.to_instance()
+        instance = self.to_instance()
+        for name in ("host", "port"):
+            if name in self.model_fields_set and getattr(instance, name) != getattr(self, name):
+                raise ValueError(f"url and {name} name different servers; give one of them")
         return self
 
     def to_instance(self) -> ExecutionInstance:

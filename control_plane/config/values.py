@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from control_plane.config.names import is_secret
+import yaml
+
+from control_plane.config.names import is_secret, is_text
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 
@@ -16,7 +18,7 @@ _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)\}")
 def expand(value: Any, problems: list[str], path: tuple[str, ...] = ()) -> Any:
     """``value`` with every string in it resolved; what cannot be is added to ``problems``, by the field's path."""
     if isinstance(value, Mapping):
-        return {key: expand(inner, problems, (*path, str(key))) for key, inner in value.items()}
+        return {str(key): expand(inner, problems, (*path, str(key))) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [expand(inner, problems, (*path, str(index))) for index, inner in enumerate(value)]
     if not isinstance(value, str):
@@ -25,6 +27,15 @@ def expand(value: Any, problems: list[str], path: tuple[str, ...] = ()) -> Any:
     if is_secret(path) and resolved.startswith("file:"):
         return _secret(resolved.removeprefix("file:"), problems, path)
     return resolved
+
+
+def from_text(text: str, annotation: Any) -> Any:
+    """What a flag or an environment variable means for a field: text as it is; else lists, mappings, true, false and null as YAML
+    writes them, anything else for the field to judge. Raises yaml.YAMLError."""
+    if is_text(annotation):
+        return text
+    parsed = yaml.safe_load(text)
+    return parsed if isinstance(parsed, list | dict | bool | None) else text
 
 
 def _variable(name: str, problems: list[str], path: tuple[str, ...]) -> str:

@@ -59,7 +59,7 @@ def _content(request: RequestMetadata, kind: RequestKind) -> dict[str, Any]:
 
 def for_engine(wire: WireRequest, request: RequestMetadata, instance: ExecutionInstance) -> bytes:
     """The body for this very engine: with the wire's integer priority where it runs ``--scheduling-policy priority``."""
-    if not instance.priority_scheduling or not request.priority.wire or wire.path not in _PRIORITY_PATHS:
+    if not instance.priority_scheduling or not request.priority.wire or wire.path.partition("?")[0] not in _PRIORITY_PATHS:
         return wire.body
     return add_member(wire.body, b'"priority":%d' % request.priority.wire)
 

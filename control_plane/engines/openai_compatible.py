@@ -16,6 +16,7 @@ from control_plane.types import ExecutionInstance, Leg, RequestMetadata, Usage
 #: a unary answer up to this size is held until it is whole, so that an engine that dies in the middle can be replaced unseen
 UNARY_HOLD_BYTES = 1024 * 1024
 _JSON = (b"content-type", b"application/json")
+_CREDENTIALS = (b"authorization", b"x-api-key")
 #: clients of former addresses that are kept to be closed at the end; an older one's connections end by their own time limits
 MAX_FORMER = 8
 
@@ -78,7 +79,7 @@ class OpenAICompatibleEngine:
         key = self.instance.api_key
         if key is None:
             return headers
-        kept = tuple(header for header in headers if header[0] != b"authorization")
+        kept = tuple(header for header in headers if header[0] not in _CREDENTIALS)
         return (*kept, (b"authorization", b"Bearer " + key.encode()))
 
 
@@ -224,7 +225,7 @@ class EngineAnswer:
     @property
     def _ends_in_done(self) -> bool:
         """Streams of these paths bring at least one choice and end in ``[DONE]``."""
-        return self._wire.path.endswith("/completions")
+        return self._wire.path.partition("?")[0].endswith("/completions")
 
     def _hold_silence(self, whole: bytes) -> None:
         """Nothing of an answer has come yet. vLLM that is told to stop ends what waits there so: status 200 and ``[DONE]`` alone."""
@@ -252,7 +253,7 @@ class EngineAnswer:
             if self._ended:
                 return
         if not self._saw_done and self._ends_in_done:
-            self._give_up("the engine ended its stream early, without [DONE]")
+            self._give_up("the engine ended its stream before its closing event")
             return
         if not self._started:
             self._begin()

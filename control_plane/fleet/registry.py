@@ -22,6 +22,8 @@ from control_plane.protocols import Engine, EventSink, Predictor, PrefixMatches
 from control_plane.types import ExecutionInstance, HealthStatus, RequestKind
 from control_plane.view import NoPrefixes
 
+_ANSWERS = (HealthStatus.HEALTHY, HealthStatus.DRAINING)
+
 
 class Silence:
     """An EventSink for whoever does not want to hear."""
@@ -175,10 +177,13 @@ class Fleet:
         return self._index.models()
 
     def registered_for(self, lane: LaneKey) -> list[ExecutionInstance]:
-        """Instances that could serve the lane if all were well: whether waiting, or trying elsewhere, has a point."""
+        """Instances that could serve the lane if all were well: whether waiting, or trying elsewhere, has a point.
+
+        For an instance that died it has none where something is asked that only its process held.
+        """
         serving = self._index.serving(lane.model)
         if lane.pinned is not None:
-            serving = [instance for instance in serving if instance.instance_id == lane.pinned]
+            serving = [one for one in serving if one.instance_id == lane.pinned and one.health_status == HealthStatus.HEALTHY]
         return [instance for instance in serving if instance.instance_id not in lane.avoid and instance.can_do(lane.kind)]
 
     def eligible(self, lane: LaneKey, limit: int | None = None) -> list[ExecutionInstance]:
@@ -402,6 +407,8 @@ class Fleet:
         kind = lane.kind
         if lane.pinned is not None:
             serving = [instance for instance in serving if instance.instance_id == lane.pinned]
+            if kind is RequestKind.ANY and not lane.avoid and any(one.health_status in _ANSWERS for one in serving):
+                return serving  # it asks for what runs or is kept there, which is no new work: draining and full ones answer, too
         if limit is None or len(serving) <= limit:
             found = pick(serving, kind, room)
         else:

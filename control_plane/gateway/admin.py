@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 
 from control_plane.errors import ControlPlaneError, InstanceNotFound, InvalidRequest
 from control_plane.gateway.instances import change_instance, describe_instance, make_instance
@@ -161,7 +161,8 @@ class AdminApi:
 
     async def config(self, request: Request) -> Response:
         """The settings in force, without secrets."""
-        server = {name: getattr(self._settings, name) for name in self._settings.__slots__}
+        config = self._config() if self._config is not None else {}
+        server = config.get("server", {}) | {name: getattr(self._settings, name) for name in self._settings.__slots__}
         server.update({name: "***" for name in _SECRETS if server[name]})
         manager = self._manager
         found: dict[str, Any] = {
@@ -171,7 +172,7 @@ class AdminApi:
             "pd_config": manager.pd_config,
             "server": server,
         }
-        return answer((self._config() if self._config is not None else {}) | found)
+        return answer(config | found)
 
 
 def make_admin_app(
@@ -200,8 +201,14 @@ async def _on_crash(request: Request, error: Exception) -> Response:
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
-        return _error_response(WrongMethod(request.method, request.url.path, (error.headers or {}).get("Allow", "GET")))
+        return _error_response(WrongMethod(request.method, request.url.path, ", ".join(_methods_of(request))))
     return _error_response(UnknownPath(f"There is no {request.url.path[:200]!r} in the admin API."))
+
+
+def _methods_of(request: Request) -> list[str]:
+    """Those of all routes of the path; Starlette tells of one route only."""
+    routes = [route for route in request.app.routes if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE]
+    return sorted({method for route in routes for method in route.methods or ()})
 
 
 async def _object(request: Request) -> dict[str, Any]:

@@ -7,20 +7,32 @@ import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from urllib.parse import unquote
 
 from control_plane.errors import ControlPlaneError, Draining, NoInstanceAvailable
 from control_plane.gateway.access_log import AccessLog
 from control_plane.gateway.admin import make_admin_app
 from control_plane.gateway.asgi import serve_asgi
 from control_plane.gateway.descriptors import raise_descriptor_limit, streams_that_fit
-from control_plane.gateway.endpoints import ENDPOINTS, GENERIC
+from control_plane.gateway.endpoints import ENDPOINTS, GENERIC, in_anthropic_api, leads_up
 from control_plane.gateway.guard import AdminGuard
 from control_plane.gateway.model_list import find_card, model_list
 from control_plane.gateway.relay import Relay
-from control_plane.gateway.replies import JSON, InternalError, TooManyStreams, UnknownPath, WrongMethod, encode, error_answer
+from control_plane.gateway.replies import (
+    JSON,
+    Header,
+    InternalError,
+    TooManyStreams,
+    UnknownPath,
+    WrongMethod,
+    encode,
+    error_answer,
+    id_headers,
+    refused_answer,
+)
 from control_plane.gateway.settings import GatewaySettings
 from control_plane.manager import ControlPlaneManager
-from control_plane.transport import Exchange, HttpServer, ServerLimits
+from control_plane.transport import Exchange, HttpServer, Refused, ServerLimits, path_of
 
 #: admin requests served at a time; they are for people and tools, not for load
 MAX_ADMIN_CALLS = 64
@@ -28,6 +40,7 @@ _ADMIN = "/control/v1/"
 _MODEL = "/v1/models/"
 _RESPONSE = "/v1/responses/"
 _READS = ("GET", "HEAD")
+_PROBES = frozenset(("/health", "/ready", "/metrics"))
 
 Metrics = Callable[[], tuple[str, bytes]]
 Page = Callable[[Exchange], None]
@@ -85,9 +98,9 @@ class Gateway:
         else:
             listen_host = admin_host if admin_host is not None else host
             self._admin_guard = AdminGuard(self.settings.admin_key, own_listener=True, listen_host=listen_host)
-            self._admin_server = HttpServer(self.handle_admin, limits=self._limits, ssl=tls)
+            self._admin_server = HttpServer(self.handle_admin, limits=self._limits, ssl=tls, refuse=self._refuse)
             await self._admin_server.start(listen_host, admin_port)
-        self._server = HttpServer(self.handle, limits=self._limits, ssl=tls)
+        self._server = HttpServer(self.handle, limits=self._limits, ssl=tls, refuse=self._refuse)
         try:
             await self._server.start(host, port)
         except BaseException:
@@ -173,7 +186,7 @@ class Gateway:
                 self._show(exchange, self._model)
             elif path.startswith(_RESPONSE):
                 self.relay.stored(exchange)
-            elif method == "POST" and path.startswith("/v1/"):
+            elif method == "POST" and path.startswith("/v1/") and not leads_up(path):
                 self.relay.relay(exchange, GENERIC)
             else:
                 raise UnknownPath(f"There is no {path[:200]!r} here.")
@@ -193,12 +206,20 @@ class Gateway:
             allow = b"POST, OPTIONS"
         else:
             raise UnknownPath(f"There is no {path[:200]!r} here.")
-        exchange.respond(204, [(b"allow", allow), *self.relay.cors.preflight(dict(exchange.headers))], b"")
+        self._respond(exchange, 204, [(b"allow", allow), *self.relay.cors.preflight(dict(exchange.headers))], b"")
 
     # ---- pages
 
     def _json(self, exchange: Exchange, value: Any) -> None:
-        exchange.respond(200, [JSON, *self.relay.cors.headers(dict(exchange.headers))], encode(value))
+        self._respond(exchange, 200, [JSON, *self.relay.cors.headers(dict(exchange.headers))], encode(value))
+
+    def _respond(self, exchange: Exchange, status: int, headers: list[Header], body: bytes, code: str = "") -> None:
+        """An answer of our own. Probes are not in the access log: they would drown what is."""
+        request_id = self.relay.take_id(dict(exchange.headers))
+        ids = id_headers(request_id, anthropic=in_anthropic_api(exchange.path))
+        exchange.respond(status, [*headers, *ids], body)
+        if exchange.path not in _PROBES:
+            self.relay.note(request_id, exchange.method, exchange.path, status, code, _elapsed_ms(exchange))
 
     def _health(self, exchange: Exchange) -> None:
         self._json(exchange, {"status": "ok"})
@@ -217,7 +238,7 @@ class Gateway:
 
     def _model(self, exchange: Exchange) -> None:
         self.relay.check_key(exchange)
-        self._json(exchange, find_card(self.manager.fleet, exchange.path[len(_MODEL) :], self._created))
+        self._json(exchange, find_card(self.manager.fleet, unquote(exchange.path[len(_MODEL) :]), self._created))
 
     def _show_metrics(self, exchange: Exchange) -> None:
         assert self._metrics is not None
@@ -232,15 +253,32 @@ class Gateway:
         guard.check(exchange)
         if len(self._admin_calls) >= MAX_ADMIN_CALLS:
             raise TooManyStreams(f"{MAX_ADMIN_CALLS} admin requests are open.")
-        task = asyncio.get_running_loop().create_task(serve_asgi(self._admin_app, exchange, self._crashed))
+        task = asyncio.get_running_loop().create_task(self._serve_admin(exchange))
         self._admin_calls.add(task)
         task.add_done_callback(self._admin_calls.discard)
+
+    async def _serve_admin(self, exchange: Exchange) -> None:
+        request_id = self.relay.take_id(dict(exchange.headers))
+        status = await serve_asgi(self._admin_app, exchange, self._crashed, ((b"x-request-id", request_id.encode()),))
+        if status:
+            self.relay.note(request_id, exchange.method, exchange.path, status, "", _elapsed_ms(exchange))
 
     # ---- errors
 
     def _answer_error(self, exchange: Exchange, error: ControlPlaneError) -> None:
-        status, headers, body = error_answer(error, anthropic=False)
-        exchange.respond(status, [*headers, *self.relay.cors.headers(dict(exchange.headers))], body)
+        status, headers, body = error_answer(error, anthropic=in_anthropic_api(exchange.path))
+        self._respond(exchange, status, [*headers, *self.relay.cors.headers(dict(exchange.headers))], body, error.code)
+
+    def _refuse(self, refused: Refused) -> tuple[list[Header], bytes]:
+        """What the listener refused before it was a request is answered and noted as any other, as far as it had been read."""
+        asked = dict(refused.headers)
+        path = path_of(refused.target)
+        anthropic = in_anthropic_api(path)
+        headers, body = refused_answer(refused, anthropic=anthropic)
+        request_id = self.relay.take_id(asked)
+        self.relay.refused[refused.code] += 1
+        self.relay.note(request_id, refused.method, path, refused.status, refused.code)
+        return [*headers, *id_headers(request_id, anthropic=anthropic), *self.relay.cors.headers(asked)], body
 
     def _crashed(self, exchange: Exchange, error: BaseException) -> None:
         """A fault of ours: it is logged with its trace, the client is told, and the rest goes on."""
@@ -249,6 +287,10 @@ class Gateway:
             exchange.abort()
         else:
             self._answer_error(exchange, InternalError("The gateway failed inside; its log tells why."))
+
+
+def _elapsed_ms(exchange: Exchange) -> float:
+    return round((asyncio.get_running_loop().time() - exchange.received_s) * 1000.0, 1)
 
 
 def _server_limits(limits: ServerLimits, settings: GatewaySettings) -> ServerLimits:

@@ -26,6 +26,7 @@ class AsgiCall:
         self._writable = asyncio.Event()
         self._writable.set()
         self._head: tuple[int, list[Header]] | None = None
+        self.status = 0
         exchange.on_disconnect = self._on_disconnect
         exchange.on_pause = self._writable.clear
         exchange.on_resume = self._writable.set
@@ -60,7 +61,8 @@ class AsgiCall:
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._head = (message["status"], [*message.get("headers", ()), *self._extra_headers])
+            self.status = message["status"]
+            self._head = (self.status, [*message.get("headers", ()), *self._extra_headers])
             return
         body, more = message.get("body", b""), message.get("more_body", False)
         exchange = self._exchange
@@ -76,15 +78,21 @@ class AsgiCall:
         await self._writable.wait()
 
 
-async def serve_asgi(application: Application, exchange: Exchange, crashed: Crashed, extra_headers: tuple[Header, ...] = ()) -> None:
-    """Run ``application`` for one exchange. ``crashed`` is called when it raises or returns without an answer."""
+async def serve_asgi(application: Application, exchange: Exchange, crashed: Crashed, extra_headers: tuple[Header, ...] = ()) -> int:
+    """Run ``application`` for one exchange; returns the status that it answered with, 0 when it did not answer.
+
+    ``crashed`` is called when it raises or returns without an answer.
+    """
     call = AsgiCall(exchange, extra_headers)
     try:
         await application(call.scope(), call.receive, call.send)
         if not exchange.finished:
             raise RuntimeError("the application returned before its answer was complete")
     except Exception as error:
+        answered = exchange.started
         crashed(exchange, error)
+        return call.status if answered else 0
+    return call.status
 
 
 def _length(headers: list[Header]) -> int | None:

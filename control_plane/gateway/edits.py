@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Raw
 
 _members = msgspec.json.Decoder(dict[str, Raw]).decode
+_OFF = (b"false", b"null")
 _ASK_USAGE = b'{"stream_options":{"include_usage":true},'
 
 
@@ -31,14 +32,19 @@ def edit(body: bytes, changes: Mapping[str, bytes | None]) -> bytes:
 
 
 def with_usage(stream_options: Raw) -> bytes | None:
-    """``stream_options`` with ``include_usage`` on; None when it is on already, or is no object (the engine says what is wrong)."""
+    """``stream_options`` with ``include_usage`` on; None when it is on already, or it is for the engine to say what is wrong.
+
+    Without it ``continuous_usage_stats`` has no effect in vLLM, so that goes: it would put counts into every event.
+    """
     if bytes(stream_options) == b"null":
         return b'{"include_usage":true}'
     try:
         members = _members(stream_options)
     except msgspec.DecodeError:
         return None
-    if bytes(members.get("include_usage", b"")) == b"true":
+    if bytes(members.get("include_usage", b"false")) not in _OFF:
         return None
+    if bytes(members.get("continuous_usage_stats", b"false")) not in _OFF:
+        del members["continuous_usage_stats"]
     members["include_usage"] = Raw(b"true")
     return msgspec.json.encode(members)

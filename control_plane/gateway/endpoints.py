@@ -52,3 +52,15 @@ ENDPOINTS: dict[str, Endpoint] = {
     "/v1/audio/transcriptions": ANY,
     "/v1/audio/translations": ANY,
 }
+
+
+def in_anthropic_api(path: str) -> bool:
+    """Whether whoever asks for ``path`` speaks Anthropic's API, and reads errors in its shape."""
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
+def leads_up(path: str) -> bool:
+    """Whether ``path`` holds a dot segment, also in percent signs: a proxy before an engine would resolve it to another path."""
+    if "." not in path and "%2" not in path:
+        return False
+    return any(segment in (".", "..") for segment in path.lower().replace("%2e", ".").replace("%2f", "/").split("/"))

@@ -43,9 +43,10 @@ _SHOWN = (
 
 def make_instance(fields: Mapping[str, Any]) -> ExecutionInstance:
     """A new instance. Raises InvalidRequest naming the field at fault."""
+    checked = _check(fields, ())
     if not {"url", "host", "port"} & fields.keys():
         raise InvalidRequest("an instance needs a url, or host and port", param="url")
-    return _check(fields, ()).to_instance()
+    return checked.to_instance()
 
 
 def change_instance(instance: ExecutionInstance, fields: Mapping[str, Any]) -> None:

@@ -116,7 +116,7 @@ def read(
         changes = _own_members(head, request)
     wished = has_routing_headers(headers)
     if wished:
-        apply_headers(headers, request, changes)
+        apply_headers(headers, request, {name for name in changes if getattr(head, name) is not None})
     if wished or changes:
         validate_request(request)
     if not head.model:
@@ -250,6 +250,8 @@ def _own_members(head: Head, request: RequestMetadata) -> dict[str, bytes | None
             continue
         if name == "priority":
             request.priority = parse_priority(value)
+        elif name == "when_late":
+            request.when_late = value.lower()
         else:
             setattr(request, name, value)
     return found

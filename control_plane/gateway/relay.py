@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from control_plane.errors import ControlPlaneError, Draining, InvalidRequest
 from control_plane.gateway.access_log import AccessLog, Line
 from control_plane.gateway.cors import Cors
-from control_plane.gateway.endpoints import ANY, Endpoint
+from control_plane.gateway.endpoints import ANY, Endpoint, in_anthropic_api
 from control_plane.gateway.guard import ClientKeys
 from control_plane.gateway.openai import NamesNoModel, read
-from control_plane.gateway.replies import TooManyStreams, UnknownPath, WrongMethod, error_answer
+from control_plane.gateway.replies import TooManyStreams, UnknownPath, WrongMethod, error_answer, id_headers
 from control_plane.gateway.request_ids import RequestIds
-from control_plane.gateway.responses import ResponseHomes, response_path
+from control_plane.gateway.responses import ResponseHomes, gone, response_path
 from control_plane.gateway.settings import GatewaySettings
 from control_plane.gateway.sink import ClientSink, ResponsesSink
 from control_plane.job import Job
@@ -60,7 +60,7 @@ class Relay:
     def relay(self, exchange: Exchange, endpoint: Endpoint) -> None:
         """Answer one POST to an engine's path. Never raises for what a client sent."""
         headers = dict(exchange.headers)
-        request_id = self._ids.take(headers.get(b"x-request-id"))
+        request_id = self.take_id(headers)
         try:
             self._check(headers)
             ask = read(endpoint, exchange.body, headers, self.manager.resolve_model, ask_usage=self._settings.ask_usage)
@@ -81,6 +81,8 @@ class Relay:
             sink.explain = headers[b"x-explain"] not in (b"0", b"false", b"")
         if isinstance(sink, ResponsesSink):
             sink.remember_in(self.homes)
+        if pinned is not None:
+            sink.gone = gone(ask.previous_response_id or "", pinned, "previous_response_id")
         wire = WireRequest(
             _target(exchange), ask.body, ask.stream, ask.hide_usage, "POST", self._engine_headers(exchange, headers, request_id)
         )
@@ -91,10 +93,10 @@ class Relay:
     def stored(self, exchange: Exchange) -> None:
         """Answer a request about a stored response: GET or DELETE of it, POST to its cancel."""
         headers = dict(exchange.headers)
-        request_id = self._ids.take(headers.get(b"x-request-id"))
+        request_id = self.take_id(headers)
         try:
             self._check(headers)
-            instance = self._home_of(exchange)
+            response_id, instance = self._home_of(exchange)
         except ControlPlaneError as error:
             self._turn_away(exchange, ANY, request_id, headers, error)
             return
@@ -105,9 +107,10 @@ class Relay:
         forwarded = self._engine_headers(exchange, headers, request_id)
         wire = WireRequest(_target(exchange), exchange.body, stream, method=exchange.method, headers=forwarded)
         sink = ClientSink(exchange, ANY, request_id, self, stream=stream)
+        sink.gone = gone(response_id, instance.instance_id, "response_id")
         self._accept(request, wire, sink, RequestKind.ANY, headers, instance.instance_id)
 
-    def _home_of(self, exchange: Exchange) -> ExecutionInstance:
+    def _home_of(self, exchange: Exchange) -> tuple[str, ExecutionInstance]:
         found = response_path(exchange.path)
         if found is None:
             raise UnknownPath(f"There is no {exchange.path[:200]!r} here.")
@@ -115,15 +118,18 @@ class Relay:
         allowed = {"": ("GET", "DELETE"), "/cancel": ("POST",), "/input_items": ("GET",)}[rest]
         if exchange.method not in allowed:
             raise WrongMethod(exchange.method, exchange.path, ", ".join(allowed))
-        instance = self.manager.fleet.get(self.homes.find(response_id, "response_id"))
+        home = self.homes.find(response_id, "response_id")
+        self.homes.check(response_id, home, "response_id", new_work=False)
+        instance = self.manager.fleet.get(home)
         assert instance is not None
-        return instance
+        return response_id, instance
 
     def _home_of_previous(self, response_id: str, model: str) -> str:
         home = self.homes.find(response_id, "previous_response_id")
         instance = self.manager.fleet.get(home)
         if instance is not None and instance.model_name and not instance.serves(model):
             raise InvalidRequest(f"response {response_id!r} is on an instance that does not serve {model!r}", param="previous_response_id")
+        self.homes.check(response_id, home, "previous_response_id", new_work=True)
         return home
 
     def check_key(self, exchange: Exchange) -> None:
@@ -182,12 +188,19 @@ class Relay:
         if isinstance(error, NamesNoModel) and endpoint.generic:
             error = UnknownPath(f"There is no {exchange.method} {exchange.path[:200]} here, and the body names no model to relay it by.")
         self.refused[error.code] += 1
-        status, own, body = error_answer(error, anthropic=endpoint.anthropic)
-        own.append((b"x-request-id", request_id.encode()))
-        exchange.respond(status, [*own, *self.cors.headers(headers)], body)
+        anthropic = endpoint.anthropic or in_anthropic_api(exchange.path)
+        status, own, body = error_answer(error, anthropic=anthropic)
+        exchange.respond(status, [*own, *id_headers(request_id, anthropic=anthropic), *self.cors.headers(headers)], body)
+        self.note(request_id, exchange.method, exchange.path, status, error.code)
+
+    def take_id(self, headers: Mapping[bytes, bytes]) -> str:
+        """The client's own id for a request where it is fit, else a new one."""
+        return self._ids.take(headers.get(b"x-request-id"))
+
+    def note(self, request_id: str, method: str, path: str, status: int, code: str, total_ms: float = 0.0) -> None:
+        """One line of the access log, for what no engine was asked."""
         if self._log is not None:
-            now_s = self._clock.now_s()
-            self._log.write(Line(self._log.stamp(now_s), request_id, exchange.method, exchange.path[:200], status, 0.0, error.code))
+            self._log.write(Line(self._log.stamp(self._clock.now_s()), request_id, method, path[:200], status, total_ms, code))
 
     def _keep_waiting(self, sink: ClientSink, interval_s: float) -> None:
         def tick() -> None:

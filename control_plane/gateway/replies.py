@@ -8,7 +8,9 @@ from typing import Any
 
 import msgspec
 
-from control_plane.errors import ControlPlaneError, EngineError
+from control_plane.errors import ControlPlaneError, EngineError, InvalidRequest
+from control_plane.transport import Refused
+from control_plane.transport.wire import refusal_body
 
 Header = tuple[bytes, bytes]
 
@@ -66,14 +68,21 @@ def encode(value: Any) -> bytes:
     return msgspec.json.encode(value)
 
 
+def id_headers(request_id: str, *, anthropic: bool) -> list[Header]:
+    """The id of a request under the name that its API's clients read, too."""
+    value = request_id.encode()
+    return [(b"x-request-id", value), (b"request-id", value)] if anthropic else [(b"x-request-id", value)]
+
+
 def error_answer(error: ControlPlaneError, *, anthropic: bool) -> tuple[int, list[Header], bytes]:
-    """Status, headers and body. An engine's own error keeps all three as they came."""
+    """Status, headers and body. An engine's own error in JSON keeps all three as they came; a text (of a proxy before it, or of a
+    server that broke) goes into the shape that clients can read."""
     status = error.http_status
     headers = [JSON]
     if isinstance(error, EngineError):
         if not 400 <= status <= 599:
             status = 502
-        elif error.body:
+        elif error.body.lstrip()[:1] == b"{":
             return status, [(b"content-type", error.content_type), *_retry_after(error, status)], error.body
     headers += _retry_after(error, status)
     if isinstance(error, WrongMethod):
@@ -92,11 +101,29 @@ def error_event(error: ControlPlaneError, *, anthropic: bool) -> bytes:
     return b"event: error\ndata: %b\n\n" % body if anthropic else b"data: %b\n\n" % body
 
 
-def _shape(error: ControlPlaneError, status: int, *, anthropic: bool) -> Mapping[str, Any]:
+def refused_answer(refused: Refused, *, anthropic: bool) -> tuple[list[Header], bytes]:
+    """Headers and body for what the listener refused before it was a request."""
+    status = refused.status
+    headers = [JSON]
+    if refused.retry_after_s is not None:
+        headers.append((b"retry-after", b"%d" % refused.retry_after_s))
     if not anthropic:
-        return error.to_openai()
+        return headers, refusal_body(status, refused.code, refused.message)
+    return headers, encode(_anthropic_shape(status, refused.message, None, refused.code))
+
+
+def _shape(error: ControlPlaneError, status: int, *, anthropic: bool) -> Mapping[str, Any]:
+    if anthropic:
+        return _anthropic_shape(status, error.message, error.param, error.code)
+    shape = error.to_openai()
+    if isinstance(error, EngineError) and status < 500:
+        shape["error"] |= {"type": InvalidRequest.error_type, "code": InvalidRequest.code}  # a 4xx is no failure of the instance
+    return shape
+
+
+def _anthropic_shape(status: int, message: str, param: str | None, code: str) -> Mapping[str, Any]:
     kind = _ANTHROPIC_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message, "param": error.param, "code": error.code}}
+    return {"type": "error", "error": {"type": kind, "message": message, "param": param, "code": code}}
 
 
 def _retry_after(error: ControlPlaneError, status: int) -> list[Header]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 
-from control_plane.errors import ResponseNotFound
+from control_plane.errors import NoInstanceAvailable, ResponseNotFound
 from control_plane.fleet import Fleet
+from control_plane.job import LaneKey
+from control_plane.types import HealthStatus, RequestKind
 
 _ID = re.compile(rb'"id": ?"(resp_[\w-]{1,200})"').search
 _PATH = re.compile(r"/v1/responses/([\w-]{1,200})(/cancel|/input_items)?").fullmatch
@@ -57,5 +59,24 @@ class ResponseHomes:
             return instances[0].instance_id
         self._homes.move_to_end(response_id)
         if self._fleet.get(home) is None:
-            raise ResponseNotFound(f"Response {response_id!r} was on instance {home!r}, which is gone.", param=param)
+            raise gone(response_id, home, param)
         return home
+
+    def check(self, response_id: str, home: str, param: str, *, new_work: bool) -> None:
+        """Refuse at once what waiting would not mend. ``new_work``: a response is to be made there, not only looked up.
+
+        Raises ResponseNotFound when its instance is down (what it held is lost with its process), NoInstanceAvailable when new work
+        is asked of one that takes none.
+        """
+        instance = self._fleet.get(home)
+        if instance is None:
+            raise gone(response_id, home, param)
+        kind = RequestKind.CHAT if new_work else RequestKind.ANY
+        if instance.health_status == HealthStatus.UNHEALTHY and not self._fleet.eligible(LaneKey(instance.model_name, kind, home)):
+            raise gone(response_id, home, param)
+        if new_work and (instance.health_status == HealthStatus.DRAINING or not instance.is_available):
+            raise NoInstanceAvailable(f"Response {response_id!r} is on instance {home!r}, which takes no new work now.", param=param)
+
+
+def gone(response_id: str, home: str, param: str) -> ResponseNotFound:
+    return ResponseNotFound(f"Response {response_id!r} was on instance {home!r}, which is gone.", param=param)

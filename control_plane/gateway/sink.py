@@ -10,9 +10,9 @@ import json
 from collections.abc import Callable
 from typing import Protocol
 
-from control_plane.errors import ControlPlaneError
+from control_plane.errors import ControlPlaneError, InstanceFailed, NoInstanceAvailable
 from control_plane.gateway.endpoints import Endpoint
-from control_plane.gateway.replies import EVENT_STREAM, Header, error_answer, error_event, header_text
+from control_plane.gateway.replies import EVENT_STREAM, Header, error_answer, error_event, header_text, id_headers
 from control_plane.gateway.responses import ResponseHomes, response_id_in
 from control_plane.job import Job
 from control_plane.manager import describe_decision
@@ -55,7 +55,20 @@ class Desk(Protocol):
 class ClientSink:
     """Implements :class:`~control_plane.protocols.Sink` over one Exchange. ``job`` is set by whoever hands it to the manager."""
 
-    __slots__ = ("_begun", "_desk", "_events", "chunk", "endpoint", "exchange", "explain", "extra_headers", "job", "request_id", "stream")
+    __slots__ = (
+        "_begun",
+        "_desk",
+        "_events",
+        "chunk",
+        "endpoint",
+        "exchange",
+        "explain",
+        "extra_headers",
+        "gone",
+        "job",
+        "request_id",
+        "stream",
+    )
 
     def __init__(
         self,
@@ -75,6 +88,8 @@ class ClientSink:
         self.explain = explain
         self.extra_headers = extra_headers
         self.job: Job | None = None
+        #: what is said when the one instance that this request can go to cannot be reached; None: any will do
+        self.gone: ControlPlaneError | None = None
         self._desk = desk
         #: the engine has answered
         self._begun = False
@@ -118,6 +133,8 @@ class ClientSink:
         exchange = self.exchange
         if exchange is None:
             return
+        if self.gone is not None and _unreachable(error):
+            error = self.gone
         anthropic = self.endpoint.anthropic
         if not exchange.started:
             status, headers, body = error_answer(error, anthropic=anthropic)
@@ -156,7 +173,7 @@ class ClientSink:
     # ---- inside
 
     def _own_headers(self) -> list[Header]:
-        headers = [(b"x-request-id", self.request_id.encode())]
+        headers = id_headers(self.request_id, anthropic=self.endpoint.anthropic)
         job = self.job
         if job is not None and (instance := job.instance) is not None:
             headers.append((b"x-instance-id", header_text(instance.instance_id)))
@@ -205,6 +222,10 @@ class ResponsesSink(ClientSink):
                 self._homes.remember(response_id, job.instance.instance_id)
                 self._pieces_left = 0
         self._write(data)
+
+
+def _unreachable(error: ControlPlaneError) -> bool:
+    return isinstance(error, NoInstanceAvailable) or (isinstance(error, InstanceFailed) and not error.connected)
 
 
 def _drop(data: bytes) -> None:

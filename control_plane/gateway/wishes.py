@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container, Mapping
 
 from control_plane.errors import InvalidRequest
 from control_plane.types import RequestMetadata, RequestPriority
 
+_BUDGET = b"x-cost-budget-usd"
 #: header -> the number it sets in RequestMetadata
 _NUMBERS = {
     b"x-slo-deadline-ms": "slo_deadline_ms",
     b"x-slo-ttft-ms": "ttft_slo_ms",
     b"x-slo-tpot-ms": "tpot_slo_ms",
-    b"x-cost-budget-usd": "cost_budget",
+    _BUDGET: "cost_budget",
 }
 #: header -> the text it sets in RequestMetadata
 _TEXTS = {
@@ -44,6 +46,8 @@ def apply_headers(headers: Mapping[bytes, bytes], request: RequestMetadata, give
             setattr(request, name, _text(header, headers[header]) or None)
     if "when_late" not in given and _WHEN_LATE in headers:
         request.when_late = _text(_WHEN_LATE, headers[_WHEN_LATE]).lower()
+        if request.when_late not in ("serve", "reject"):
+            raise InvalidRequest(f"x-when-late {request.when_late!r} is not one of serve, reject", param="x-when-late")
     _apply_class(headers, request, priority_given="priority" in given)
 
 
@@ -74,12 +78,16 @@ def parse_priority(value: int | str) -> RequestPriority:
 
 
 def _number(header: bytes, value: bytes) -> float:
-    """Any number; what fits is judged with the rest of the request."""
+    name = header.decode()
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
-        name = header.decode()
-        raise InvalidRequest(f"{name}: {value[:64]!r} is not a number", param=name) from None
+        number = math.nan
+    if not math.isfinite(number) or number < 0 or (number == 0 and header != _BUDGET):
+        shown = value[:64].decode("ascii", "replace")
+        right = "a number, 0 or more" if header == _BUDGET else "a finite number of milliseconds above 0"
+        raise InvalidRequest(f"{name} is {shown!r}; it must be {right}", param=name)
+    return number
 
 
 def _text(header: bytes, value: bytes) -> str:

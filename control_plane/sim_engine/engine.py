@@ -37,6 +37,7 @@ KEEP_ALIVE_S: Final = 5.0
 _UNCOUNTED: Final = frozenset({"/health", "/metrics", "/ping", "/version", "/load"})
 #: for the last bytes to leave
 _FLUSH_S: Final = 0.1
+SCHEDULING: Final = ("fcfs", "priority")
 Header = tuple[bytes, bytes]
 
 
@@ -77,6 +78,12 @@ class SimEngine:
             raise ConfigurationError(f"speed {speed} is not above 0", param="speed")
         if kind not in KINDS:
             raise ConfigurationError(f"kind {kind!r} is not one of {', '.join(KINDS)}", param="kind")
+        if scheduling_policy not in SCHEDULING:
+            raise ConfigurationError(
+                f"scheduling_policy {scheduling_policy!r} is not one of {', '.join(SCHEDULING)}", param="scheduling_policy"
+            )
+        if max_model_len is not None and max_model_len < 1:
+            raise ConfigurationError(f"max_model_len {max_model_len} is not 1 or more", param="max_model_len")
         found = named_profile(profile) if isinstance(profile, str) else profile
         if max_model_len is not None:
             found = replace(found, max_model_len_tokens=min(max_model_len, found.max_model_len_tokens))

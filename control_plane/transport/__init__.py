@@ -3,6 +3,7 @@
 from control_plane.transport.client import ClientCall, HttpClient, Receiver
 from control_plane.transport.exchange import Exchange
 from control_plane.transport.limits import ClientLimits, ServerLimits
+from control_plane.transport.request_head import Refused, path_of
 from control_plane.transport.server import Handler, HttpServer
 from control_plane.transport.wheel import Deadline, Timer, TimerWheel
 
@@ -15,7 +16,9 @@ __all__ = [
     "HttpClient",
     "HttpServer",
     "Receiver",
+    "Refused",
     "ServerLimits",
     "Timer",
     "TimerWheel",
+    "path_of",
 ]

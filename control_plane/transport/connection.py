@@ -13,7 +13,7 @@ from control_plane.transport.exchange import Exchange
 from control_plane.transport.request_head import Refused, RequestHead
 from control_plane.transport.request_reader import BETWEEN, IN_HEAD, RequestReader
 from control_plane.transport.wheel import NEVER_S, Deadline
-from control_plane.transport.wire import CONTINUE, refusal
+from control_plane.transport.wire import CONTINUE
 
 if TYPE_CHECKING:
     from control_plane.transport.server import HttpServer
@@ -116,7 +116,7 @@ class ServerConnection(asyncio.Protocol):
         exchange = self._exchange
         if exchange is None and not (self._pending and self._paused_writing):
             if self._reader.phase != BETWEEN:
-                self._refuse(Refused(400, "invalid_request", "The request ended early."))
+                self._refuse(self._reader.tell(Refused(400, "invalid_request", "The request ended early.")))
             return False
         self._reader.stop()
         if exchange is None:
@@ -273,8 +273,7 @@ class ServerConnection(asyncio.Protocol):
             self._refused = refused
             self._pause_reading()
             return
-        self._server.refused(refused)
-        self.transport.write(refusal(refused.status, refused.code, refused.message, retry_after_s=refused.retry_after_s))
+        self.transport.write(self._server.refusal(refused))
         self._linger()
 
     def _close(self) -> None:
@@ -327,7 +326,7 @@ class ServerConnection(asyncio.Protocol):
                 self._probe()
         elif self._reader.phase != BETWEEN:
             part = "headers" if self._reader.phase == IN_HEAD else "body"
-            self._refuse(Refused(408, "timeout", f"The request's {part} did not come in time."))
+            self._refuse(self._reader.tell(Refused(408, "timeout", f"The request's {part} did not come in time.")))
         elif self.transport.get_write_buffer_size():
             self.transport.abort()
         else:

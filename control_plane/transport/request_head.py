@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
 from control_plane.transport.wire import has_token
@@ -12,7 +12,14 @@ _HOST: Final = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+;=%:-]*|\[[0-9A-Fa-f:.]+\](
 
 
 class Refused(Exception):
-    """A request that is not handed on: the answer it gets, in OpenAI's error shape, before its connection is closed."""
+    """A request that is not handed on: the answer it gets, in OpenAI's error shape, before its connection is closed.
+
+    ``method``, ``target`` and ``headers`` hold what of it had been read.
+    """
+
+    method = ""
+    target = b""
+    headers: Sequence[tuple[bytes, bytes]] = ()
 
     def __init__(self, status: int, code: str, message: str, retry_after_s: int | None = None) -> None:
         super().__init__(message)
@@ -168,6 +175,11 @@ def without_upgrade(method: str, target: bytes, headers: list[tuple[bytes, bytes
         if name != b"upgrade":
             lines.append(b"%b: %b\r\n" % (name, value))
     return b"".join(lines) + b"\r\n"
+
+
+def path_of(target: bytes) -> str:
+    """The path in a request target of any form, whole or not."""
+    return (target if target[:1] == b"/" else origin_form(target)).partition(b"?")[0].decode("latin-1")
 
 
 def origin_form(target: bytes) -> bytes:

@@ -114,13 +114,12 @@ class RequestReader:
         except httptools.HttpParserError as error:
             if self.stopped:
                 return
-            self.stop()
             if isinstance(error, httptools.HttpParserCallbackError) and error.__context__ is not None:
                 # what a callback of ours raised
-                raise error.__context__ from None
-            raise refused_by_parser(str(error)) from None
-        except Refused:
-            self.stop()
+                raise self._stop_for(error.__context__) from None
+            raise self._stop_for(refused_by_parser(str(error))) from None
+        except Refused as refused:
+            self._stop_for(refused)
             raise
 
     def _take_known(self, data: bytes) -> bool:
@@ -143,6 +142,22 @@ class RequestReader:
             self.stopped = True
         self._taker.take_request(head, data[end + 4 :])
         return True
+
+    def tell(self, refused: Refused) -> Refused:
+        """The same, knowing what has been read of the request that it refuses."""
+        if self.phase == BETWEEN:
+            return refused
+        refused.target = self._target
+        refused.headers = self._headers
+        if self._target:
+            refused.method = METHODS.get(self._parser.get_method(), "")
+        return refused
+
+    def _stop_for(self, error: BaseException) -> BaseException:
+        if isinstance(error, Refused):
+            self.tell(error)
+        self.stop()
+        return error
 
     def stop(self) -> None:
         """No more requests: drop what is unfinished."""

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 import ssl as tls
 from collections.abc import Callable
 from typing import Final
 
+from control_plane.protocols import Headers
 from control_plane.transport.connection import ServerConnection
 from control_plane.transport.exchange import Exchange
 from control_plane.transport.limits import ServerLimits
 from control_plane.transport.request_head import Refused
 from control_plane.transport.request_reader import Receiving
 from control_plane.transport.wheel import TimerWheel
-from control_plane.transport.wire import refusal_body
+from control_plane.transport.wire import head_bytes, refusal_body, status_line
 
 log = logging.getLogger(__name__)
 
 Handler = Callable[[Exchange], object]
 """Called, in the loop's thread, once the whole body has come. It answers then or later."""
 
-Reject = Callable[[int, str, str], object]
-"""Told of every request refused before the handler: HTTP status, error code, message."""
+Refuse = Callable[[Refused], tuple[Headers, bytes]]
+"""Told of every request refused before the handler; headers and body of its answer."""
 
 #: connections above the limit that are told so at the same time; more are cut off without a word
 _MOST_REFUSED: Final = 64
@@ -38,10 +40,10 @@ class HttpServer:
         *,
         limits: ServerLimits | None = None,
         ssl: tls.SSLContext | None = None,
-        reject: Reject | None = None,
+        refuse: Refuse | None = None,
         wheel: TimerWheel | None = None,
     ) -> None:
-        """``wheel`` None: one of its own."""
+        """``refuse`` None: refusals have OpenAI's shape. ``wheel`` None: one of its own."""
         self.limits = limits or ServerLimits()
         self.receiving = Receiving()
         self.open_exchanges = 0
@@ -51,7 +53,7 @@ class HttpServer:
         self._given_wheel = wheel
         self._handler = handler
         self._ssl = ssl
-        self._reject = reject
+        self._refuse = refuse
         self._connections: set[ServerConnection] = set()
         self._listener: asyncio.Server | None = None
         self._host = ""
@@ -77,9 +79,12 @@ class HttpServer:
         self.wheel = self._given_wheel or TimerWheel(self.loop)
         self.draining = False
         handshake_s = self.limits.header_timeout_s if self._ssl else None
-        self._listener = await self.loop.create_server(
-            lambda: ServerConnection(self), host, port, ssl=self._ssl, backlog=self.limits.backlog, ssl_handshake_timeout=handshake_s
-        )
+        try:
+            self._listener = await self.loop.create_server(
+                lambda: ServerConnection(self), host, port, ssl=self._ssl, backlog=self.limits.backlog, ssl_handshake_timeout=handshake_s
+            )
+        except socket.gaierror as error:
+            raise OSError(f"cannot listen on {host!r}: {error.strerror}") from None
         self._host = host
         self._port = self._listener.sockets[0].getsockname()[1]
 
@@ -119,9 +124,19 @@ class HttpServer:
     def forget(self, connection: ServerConnection) -> None:
         self._connections.discard(connection)
 
-    def refused(self, refused: Refused) -> None:
-        if self._reject is not None:
-            self._reject(refused.status, refused.code, refused.message)
+    def refusal(self, refused: Refused) -> bytes:
+        """The whole answer to a request that is not handed on."""
+        status = refused.status
+        headers: Headers = ((b"content-type", b"application/json"),)
+        if refused.retry_after_s is not None:
+            headers = (*headers, (b"retry-after", b"%d" % refused.retry_after_s))
+        body = refusal_body(status, refused.code, refused.message)
+        if self._refuse is not None:
+            try:
+                headers, body = self._refuse(refused)
+            except Exception:
+                log.exception("the answer to a refused request could not be made")
+        return head_bytes(status_line(status), headers) + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body
 
     def handle(self, exchange: Exchange) -> None:
         """Call the handler; what it raises becomes a 500, or an answer cut off when one was begun."""

@@ -69,11 +69,3 @@ def refusal_body(status: int, code: str, message: str) -> bytes:
     """An error in OpenAI's shape."""
     kind = "invalid_request_error" if status < 500 else "server_error"
     return msgspec.json.encode({"error": {"message": message, "type": kind, "param": None, "code": code}})
-
-
-def refusal(status: int, code: str, message: str, *, retry_after_s: int | None = None) -> bytes:
-    """A whole answer in OpenAI's error shape that closes the connection."""
-    body = refusal_body(status, code, message)
-    retry = b"" if retry_after_s is None else b"retry-after: %d\r\n" % retry_after_s
-    head = b"%bcontent-type: application/json\r\n%bconnection: close\r\ncontent-length: %d\r\n\r\n"
-    return head % (status_line(status), retry, len(body)) + body

@@ -97,8 +97,16 @@ def test_a_wrong_flag_is_named_with_the_nearest(arguments: tuple[str, ...], said
     ("arguments", "said"),
     [
         (("serve", "--prot", "80"), "did you mean --port?"),
-        (("serve", "--port", "80000"), "server.port: 80000 given; input should be less than or equal to 65535"),
-        (("sim-engine", "--port", "80000"), "'--port': 80000 given; from 0 to 65535 would be right"),
+        (("serve", "--port", "80000"), "server.port: '80000' given; input should be less than or equal to 65535"),
+        (("sim-engine", "--port", "80000"), "'--port': 80000 given; a whole number from 0 to 65535 would be right"),
+        (("serve", "--port", "abc"), "server.port: 'abc' given; input should be a valid integer"),
+        (("sim-engine", "--port", "abc"), "'--port': abc given; a whole number from 0 to 65535 would be right"),
+        (("sim-engine", "--port", "0", "--speed", "fast"), "fast given; a number from 0.001 to 10000 would be right"),
+        (("sim-engine", "--port", "0", "--max-model-len", "0"), "0 given; a whole number from 1 to"),
+        (("sim-engine", "--port", "0", "--scheduling-policy", "lifo"), "scheduling_policy 'lifo' is not one of fcfs, priority"),
+        (("top", "--count", "x"), "x given; a whole number"),
+        (("instances", "--url", "http://h:99999"), "is not like http://HOST:PORT"),
+        (("instances", "--url", "http://[h"), "is not like http://HOST:PORT"),
         (("serve", "--scheduling-policy", "fifoo"), "scheduling_policy: 'fifoo' given"),
         (("serve", "--config", "/not/there.yaml"), "cannot be read"),
         (("serve", "--log-level", "loud"), "log_level 'loud' is not one of"),
@@ -295,6 +303,8 @@ def test_serve_over_a_simulated_engine_from_start_to_signal(started: list[Runnin
 
     assert engine.url
     assert serve.url
+    listed = json.loads(fetch(f"{serve.url}/v1/models")[1])["data"]
+    assert [card["id"] for card in listed] == ["sim"], "its models are known as soon as it says that it listens"
     with ask(f"{serve.url}/v1/chat/completions", chat()) as answer:
         assert (answer.status, json.load(answer)["object"]) == (200, "chat.completion")
         request_id = answer.headers["x-request-id"]

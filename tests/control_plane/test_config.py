@@ -171,8 +171,58 @@ def test_a_value_of_the_environment_that_is_no_json(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("CONTROL_PLANE_INSTANCES", "[{")
 
     (problem,) = problems_of({})
-    assert "instances" in problem
-    assert "written as JSON" in problem
+    assert problem == "CONTROL_PLANE_INSTANCES: '[{' given; lists and mappings are written as JSON"
+
+
+def test_secrets_of_the_environment_may_be_files_and_text_is_taken_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("one\ntwo\n")
+    monkeypatch.setenv("CONTROL_PLANE_SERVER__API_KEYS", f"file:{tmp_path / 'keys'}")
+    monkeypatch.setenv("CONTROL_PLANE_SERVER__ADMIN_KEY", "off")
+    monkeypatch.setenv("CONTROL_PLANE_SERVER__CORS_ORIGINS", '["https://a"]')
+    monkeypatch.setenv("CONTROL_PLANE_SERVER", '{"port": 1, "host": "h"}')
+    monkeypatch.setenv("CONTROL_PLANE_SERVER__PORT", "2")
+
+    server = load_config({"server": {"max_streams": 3}}).server
+
+    assert (server.api_keys, server.admin_key, server.cors_origins) == (["one", "two"], "off", ["https://a"])
+    assert (server.host, server.port, server.max_streams) == ("h", 2, 3)
+
+
+def test_a_secret_that_cannot_be_read_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONTROL_PLANE_SERVER__API_KEYS", "[hunter2")
+
+    (problem,) = problems_of({})
+    assert problem.startswith("CONTROL_PLANE_SERVER__API_KEYS: ")
+    assert "hunter2" not in problem
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"prot": 80}, "prot: no such key; did you mean server.port?"),
+        ({"zzz": 1}, "zzz: no such key; did you mean"),
+        ({1: 2}, "1: no such key; did you mean"),
+        ({"server": {True: 1}}, "server.True: no such key; did you mean"),
+        ({"queue_timeout_s": True}, "queue_timeout_s: True given; a number is wanted"),
+        ({"server": {"port": False}}, "server.port: False given; a number is wanted"),
+        ({"instances": [{"url": "http://h:1", "host": "other"}]}, "instances.0: url and host name different servers; give one of them"),
+        ({"instances": [{"url": "http://h:1", "port": 2}]}, "instances.0: url and port name different servers; give one of them"),
+    ],
+)
+def test_what_is_wrong_is_told_with_what_would_be_right(content: dict[object, object], said: str) -> None:
+    (problem,) = problems_of(content)
+    assert problem.startswith(said)
+
+
+def test_url_host_and_port_may_say_the_same() -> None:
+    (instance,) = load_config({"instances": [{"url": "http://h:1", "host": "h", "port": 1}]}).make_instances()
+    assert instance.base_url == "http://h:1"
+
+
+def test_a_yaml_key_that_is_a_list_is_no_crash(tmp_path: Path) -> None:
+    (tmp_path / "cp.yaml").write_text("? [a, b]\n: 1\n")
+    with pytest.raises(ConfigurationError, match="not valid YAML"):
+        load_config(tmp_path / "cp.yaml")
 
 
 def test_a_manager_from_a_configuration_has_its_settings_and_instances(tmp_path: Path) -> None:

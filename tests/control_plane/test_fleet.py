@@ -185,7 +185,17 @@ class TestEligible:
         assert fleet.registered_for(CHAT._replace(avoid=frozenset({"i0"}))) == [b, c]
         b.is_healthy = False
         assert fleet.eligible(CHAT._replace(pinned="i1")) == []
-        assert fleet.registered_for(CHAT._replace(pinned="i1")) == [b]
+        assert fleet.registered_for(CHAT._replace(pinned="i1")) == [], "what only its process held is not waited for"
+
+    def test_what_is_kept_on_an_instance_is_asked_for_also_while_it_drains_or_is_full(self, make: Make) -> None:
+        a, b = some(2, max_concurrent_requests=1)
+        fleet = make(a, b)
+        fleet.placed(b, 1.0)
+        kept = LaneKey("m", RequestKind.ANY, "i1")
+        assert fleet.with_room(kept) == [b]
+        fleet.drain("i1")
+        assert fleet.with_room(kept) == fleet.eligible(kept) == [b]
+        assert fleet.eligible(kept._replace(kind=RequestKind.CHAT)) == [], "new work is not"
 
     def test_a_large_fleet_is_sampled_all_around(self, make: Make) -> None:
         instances = some(100)

@@ -113,6 +113,13 @@ def test_caps_by_role_are_respected() -> None:
     assert for_phase("decoding", [full_d, full_p])[0] == []
 
 
+def test_health_is_for_whoever_chose_the_candidates_to_look_at() -> None:
+    p, d, g = prefiller(is_healthy=False), decoder(is_healthy=False), ExecutionInstance("g", is_healthy=False)
+
+    assert for_phase("prefilling", [p, d, g]) == ([p], True)
+    assert for_phase("decoding", [p, g]) == ([g], False)
+
+
 @pytest.mark.parametrize("phase", ["prefilling", "PREFILLING", PREFILLING])
 def test_a_phase_may_be_a_string_or_the_enum(phase: str) -> None:
     p = prefiller()

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transport_rig import CLOSE, GET, LOOPS, Kept, ask, echo, posted, raw_socket, run, serving, statuses, until
 
-from control_plane.transport import Exchange, ServerLimits
+from control_plane.transport import Exchange, Refused, ServerLimits
+from control_plane.transport.wire import refusal_body
 
 pytestmark = pytest.mark.parametrize("loop", LOOPS)
 
@@ -101,18 +102,24 @@ def test_refused_in_openai_shape_and_closed(loop: str, case: str) -> None:
 
     async def scenario() -> None:
         kept = Kept()
-        told: list[tuple[int, str, str]] = []
+        told: list[Refused] = []
+
+        def refuse(refused: Refused) -> tuple[list[tuple[bytes, bytes]], bytes]:
+            told.append(refused)
+            return [(b"x-refused", b"yes")], refusal_body(refused.status, refused.code, refused.message)
+
         limits = ServerLimits(max_body_bytes=100_000, linger_s=0.2)
-        async with serving(kept, limits, reject=lambda *refused: told.append(refused)) as server:
+        async with serving(kept, limits, refuse=refuse) as server:
             # a valid request behind it must never be read as one
             answer = await ask(server.port, request, GET)
             head, _, body = answer.partition(b"\r\n\r\n")
             assert statuses(answer) == [status]
             assert b"connection: close" in head
+            assert b"x-refused: yes" in head
             error = json.loads(body)["error"]
             assert set(error) == {"message", "type", "param", "code"}
             assert kept.exchanges == []
-            assert [(refused[0], refused[1]) for refused in told] == [(status, error["code"])]
+            assert [(refused.status, refused.code) for refused in told] == [(status, error["code"])]
 
     run(loop, scenario())
 

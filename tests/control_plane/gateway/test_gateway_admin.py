@@ -277,13 +277,15 @@ async def test_policy_and_router_are_changed_at_run_time(stand: Any, path: str, 
 
 async def test_the_configuration_is_shown_without_secrets(make_stand: Any) -> None:
     settings = GatewaySettings(access_log=False, api_keys=("sk-secret",), admin_key="sesame")
-    stand = await make_stand(settings=settings, gateway_options={"config": lambda: {"more": 1}}, scheduling_policy="fifo")
+    stand = await make_stand(
+        settings=settings, gateway_options={"config": lambda: {"more": 1, "server": {"port": 7}}}, scheduling_policy="fifo"
+    )
 
     answer = await stand.ask("GET", "/control/v1/config", authorization="Bearer sesame")
 
     assert answer.json["scheduling_policy"] == "fifo"
     assert answer.json["server"]["max_body_bytes"] == 64 * 1024 * 1024
-    assert answer.json["more"] == 1
+    assert (answer.json["more"], answer.json["server"]["port"]) == (1, 7)
     assert b"sk-secret" not in answer.body
     assert b"sesame" not in answer.body
 
@@ -301,6 +303,20 @@ async def test_errors_have_openais_shape(stand: Any, method: str, path: str, sta
     answer = await stand.ask(method, path, b"{}" if method == "POST" else None)
 
     assert (answer.status, answer.error["code"]) == (status, code)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allow"),
+    [
+        ("PUT", INSTANCES, "GET, HEAD, POST"),
+        ("POST", "/control/v1/scheduling-policy", "GET, HEAD, PUT"),
+        ("POST", f"{INSTANCES}/e0", "DELETE, GET, HEAD, PATCH"),
+    ],
+)
+async def test_all_methods_of_a_path_are_told(stand: Any, method: str, path: str, allow: str) -> None:
+    answer = await stand.ask(method, path, b"{}")
+
+    assert (answer.status, answer.header("allow")) == (405, allow)
 
 
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"a":"\xff"}', b"[" * 100_000])

@@ -80,7 +80,8 @@ async def test_a_cards_context_is_the_least_of_its_instances(make_stand: Any) ->
 async def test_one_model_by_name_with_slashes(stand: Any) -> None:
     stand.manager.register_instance(ExecutionInstance("big", port=1, model_name="org/big"))
 
-    assert (await stand.ask("GET", "/v1/models/org/big")).json["id"] == "org/big"
+    for path in ("/v1/models/org/big", "/v1/models/org%2Fbig", "/v1/models/%6frg%2fbig"):
+        assert (await stand.ask("GET", path)).json["id"] == "org/big"
     missing = await stand.ask("GET", "/v1/models/nobody")
     assert (missing.status, missing.error["code"]) == (404, "model_not_found")
 

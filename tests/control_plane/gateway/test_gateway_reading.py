@@ -65,6 +65,24 @@ def test_other_stream_options_stay_when_usage_is_asked_for() -> None:
     assert found.hide_usage
 
 
+@pytest.mark.parametrize("options", [b'{"continuous_usage_stats":true}', b'{"include_usage":false,"continuous_usage_stats":true}'])
+def test_counts_in_every_event_are_not_switched_on_for_who_did_not_ask_for_counts(options: bytes) -> None:
+    found = ask(b'{"model":"m","stream":true,"stream_options":' + options + b"}")
+
+    assert json.loads(found.body)["stream_options"] == {"include_usage": True}
+    assert found.hide_usage
+
+
+@pytest.mark.parametrize("value", ["1", '"true"', '"yes"', "[]"])
+def test_an_include_usage_that_is_no_boolean_is_the_engines_to_judge(value: str) -> None:
+    body = f'{{"model":"m","stream":true,"stream_options":{{"include_usage":{value}}}}}'.encode()
+
+    found = ask(body)
+
+    assert found.body is body
+    assert not found.hide_usage
+
+
 def test_stream_options_that_are_no_object_are_the_engines_to_judge() -> None:
     body = b'{"model":"m","stream":true,"stream_options":"yes"}'
 
@@ -272,12 +290,12 @@ def test_an_objective_that_is_no_class_is_only_a_tag() -> None:
     ("header", "value", "param"),
     [
         ("x_slo_deadline_ms", "soon", "x-slo-deadline-ms"),
-        ("x_slo_deadline_ms", "nan", "slo_deadline_ms"),
-        ("x_slo_ttft_ms", "-1", "ttft_slo_ms"),
-        ("x_slo_tpot_ms", "inf", "tpot_slo_ms"),
-        ("x_cost_budget_usd", "-0.1", "cost_budget"),
+        ("x_slo_deadline_ms", "nan", "x-slo-deadline-ms"),
+        ("x_slo_ttft_ms", "-1", "x-slo-ttft-ms"),
+        ("x_slo_tpot_ms", "inf", "x-slo-tpot-ms"),
+        ("x_cost_budget_usd", "-0.1", "x-cost-budget-usd"),
         ("x_priority", "urgent", "x-priority"),
-        ("x_when_late", "maybe", "when_late"),
+        ("x_when_late", "maybe", "x-when-late"),
         ("x_session_id", "s" * 300, "x-session-id"),
     ],
 )
@@ -286,6 +304,20 @@ def test_a_wrong_header_is_named(header: str, value: str, param: str) -> None:
         ask(HELLO, **{header: value})
 
     assert raised.value.param == param
+
+
+def test_null_in_the_body_is_as_not_sent() -> None:
+    body = {"model": "m", "priority": None, "when_late": None, "slo_deadline_ms": None, "request_id": None}
+    found = ask(body, x_priority="high", x_when_late="reject", x_slo_deadline_ms="9")
+
+    assert found.request.priority is RequestPriority.HIGH
+    assert (found.request.when_late, found.request.slo_deadline_ms) == ("reject", 9.0)
+    assert json.loads(found.body) == {"model": "m"}
+
+
+def test_when_late_is_read_in_any_case() -> None:
+    assert ask({"model": "m", "when_late": "Reject"}).request.when_late == "reject"
+    assert ask(HELLO, x_when_late="REJECT").request.when_late == "reject"
 
 
 # ---- what is refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -96,6 +97,43 @@ async def test_a_response_whose_instance_is_gone_is_a_clear_404(pair: Any) -> No
 
     assert (answer.status, answer.error["code"]) == (404, "response_not_found")
     assert first.header("x-instance-id") in answer.error["message"]
+
+
+async def made(pair: Any) -> tuple[str, int]:
+    """The id of a new response, and which engine holds it."""
+    first = await pair.ask("POST", "/v1/responses", {"model": "m", "input": "hi"})
+    return first.json["id"], int(first.header("x-instance-id")[1:])
+
+
+def following(response_id: str) -> dict[str, Any]:
+    return {"model": "m", "input": "and", "previous_response_id": response_id}
+
+
+async def test_a_response_whose_engine_died_is_a_clear_404_at_once(pair: Any) -> None:
+    response_id, index = await made(pair)
+    await pair.engines[index].stop()
+
+    # the first finds the engine gone, the others know it
+    for _ in range(2):
+        for method, path, body in (
+            ("GET", f"/v1/responses/{response_id}", None),
+            ("POST", f"/v1/responses/{response_id}/cancel", {}),
+            ("POST", "/v1/responses", following(response_id)),
+        ):
+            answer = await asyncio.wait_for(pair.ask(method, path, body), 4.0)
+            assert (answer.status, answer.error["code"]) == (404, "response_not_found")
+            assert f"'e{index}', which is gone" in answer.error["message"]
+
+
+async def test_a_draining_instance_still_tells_of_its_responses_and_makes_no_new_ones(pair: Any) -> None:
+    response_id, index = await made(pair)
+    pair.manager.fleet.drain(f"e{index}")
+
+    assert (await pair.ask("GET", f"/v1/responses/{response_id}")).status == 200
+    assert (await pair.ask("POST", f"/v1/responses/{response_id}/cancel", {})).status == 200
+    turn = await asyncio.wait_for(pair.ask("POST", "/v1/responses", following(response_id)), 4.0)
+    assert (turn.status, turn.error["code"]) == (503, "no_instance_available")
+    assert turn.header("retry-after")
 
 
 async def test_with_one_instance_even_a_forgotten_response_can_only_be_there(stand: Any) -> None:

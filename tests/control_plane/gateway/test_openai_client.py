@@ -248,9 +248,17 @@ async def test_no_instance(world: World) -> None:
 
 async def test_the_clients_own_retries_follow_retry_after(world: World) -> None:
     world.gateway.relay.max_open = 0
-    asyncio.get_running_loop().call_later(0.3, setattr, world.gateway.relay, "max_open", 100)
+    refused = world.gateway.relay.refused
+
+    async def make_room_after_a_refusal() -> None:
+        while not refused["too_many_streams"]:
+            await asyncio.sleep(0.01)
+        world.gateway.relay.max_open = 100
+
+    room = asyncio.create_task(make_room_after_a_refusal())
     async with world.client(max_retries=3) as client:
         answer = await client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=4)
+    await room
 
     assert answer.choices
     assert world.gateway.relay.refused["too_many_streams"] >= 1
