@@ -20,7 +20,7 @@ from control_plane.job import Job, LaneKey
 from control_plane.pd_routing import PDRoutingStrategy
 from control_plane.policies import SchedulingPolicy, make_decision
 from control_plane.queue import RequestQueue, set_key
-from control_plane.router import RoutingStrategy
+from control_plane.router import RequestRouter
 from control_plane.types import (
     ExecutionInstance,
     ExecutionInstanceType,
@@ -43,7 +43,7 @@ class Dispatcher:
         queue: RequestQueue,
         fleet: Fleet,
         policy: SchedulingPolicy,
-        router: RoutingStrategy,
+        router: RequestRouter,
         pd_router: PDRoutingStrategy | None,
         *,
         launch: Launch,
@@ -53,8 +53,6 @@ class Dispatcher:
     ) -> None:
         self.queue = queue
         self.fleet = fleet
-        self.policy = policy
-        self.router = router
         self.pd_router = pd_router
         self.pd_metrics = PDMetrics()
         self.window = window
@@ -69,13 +67,48 @@ class Dispatcher:
         self._placing_of: Counter[str] = Counter()
         #: placements that wait until something changes
         self._unplaced: list[asyncio.Future[None]] = []
+        self.policy = policy
+        self.router = router
+
+    @property
+    def policy(self) -> SchedulingPolicy:
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: SchedulingPolicy) -> None:
+        self._policy = policy
+        self._picks_next = policy.picks_next
+        self._places_itself = policy.places_itself
+
+    @property
+    def router(self) -> RequestRouter:
+        return self._router
+
+    @router.setter
+    def router(self, router: RequestRouter) -> None:
+        self._router = router
+        self._selects_async = router.selects_async
+        #: a table's own strategy answers with one of the candidates; what others answer is looked at
+        self._checks_place = not router.is_ours
 
     # ---- what happened
+
+    def starts_at_once(self, lane: LaneKey) -> bool:
+        """A request of this lane that comes now is the next one, so that it need not be queued to find that out."""
+        return self.running and not (self._picks_next or self._places_itself or self._selects_async or self.queue.lane_length(lane))
+
+    def start_now(self, job: Job, candidates: list[ExecutionInstance]) -> None:
+        """Place a job that was accepted and is in no lane on one of those with room, or queue it after all."""
+        if not self._place(job, candidates):
+            try:
+                self.queue.push(job)
+            except ControlPlaneError as error:
+                self._fail(job, error)
 
     def arrived(self, job: Job) -> None:
         """``job`` was queued."""
         if self.running:
-            if self.policy.picks_next:
+            if self._picks_next:
                 self._serve_picked()
             else:
                 self._serve_lane(job.lane)
@@ -86,7 +119,7 @@ class Dispatcher:
             self._ask_again()
         if not self.running or not len(self.queue):
             return
-        if self.policy.picks_next:
+        if self._picks_next:
             self._serve_picked()
             return
         lanes = self.queue.lanes
@@ -129,9 +162,11 @@ class Dispatcher:
     def _decide(
         self, request: RequestMetadata, candidates: list[ExecutionInstance], key: float, arrival_s: float | None = None
     ) -> tuple[SchedulingDecision, ExecutionInstanceType | None]:
-        fleet = self.fleet
-        given, candidates = candidates, preferred(request, candidates, fleet)
-        candidates = self.policy.narrow(request, candidates, fleet, arrival_s) or candidates
+        fleet, policy = self.fleet, self._policy
+        given = candidates
+        if request.preferred_instance_id is not None or request.parallelism_hint is not None:
+            candidates = preferred(request, candidates, fleet)
+        candidates = policy.narrow(request, candidates, fleet, arrival_s) or candidates
         role, phase = ExecutionInstanceType.GENERAL, None
         if self.pd_router is not None:
             phase, fit, _ = self.pd_router.narrow(request, candidates)
@@ -140,8 +175,9 @@ class Dispatcher:
             role = phase
             if not candidates:
                 raise NoInstanceAvailable("every instance for this phase is at its limit")
-        placement = self.router.place(request, candidates, fleet)
-        decision = make_decision(request, placement, fleet, key=key, policy=self.policy.name, router=self.router.name, role=role)
+        router = self._router
+        placement = router.place(request, candidates, fleet)
+        decision = make_decision(request, placement, fleet, key=key, policy=policy.name, router=router.name, role=role)
         return decision, phase
 
     # ---- serving
@@ -202,10 +238,10 @@ class Dispatcher:
         try:
             if job.request.cost_budget is not None:
                 candidates = list(affordable(job.request, candidates, self.fleet))
-            if self.policy.places_itself or self.router.selects_async:
+            if self._places_itself or self._selects_async:
                 return self._place_in_task(job, candidates)
             decision, phase = self._decide(job.request, candidates, job.key, job.arrival_s)
-            if not self._has_place(job, decision, None):
+            if self._checks_place and not self._has_place(job, decision, None):
                 return False
         except NoInstanceAvailable:
             return False  # those that would do have no room now
@@ -238,16 +274,15 @@ class Dispatcher:
             if service_ms is None:
                 service_ms = max(0.0, decision.estimated_latency_ms - self.fleet.predictor.wait_ms(instance))
             job.predicted_ms = service_ms
-            lend_target(job, instance)
+            if instance.decoding_config is not None or job.filled_in:
+                lend_target(job, instance)
         job.state = RequestStatus.SCHEDULED
-        self._count_phase(phase, decision)
+        if phase is not None:
+            self._count_phase(phase, instance)
         self._launch(job, decision)
 
-    def _count_phase(self, phase: ExecutionInstanceType | None, decision: SchedulingDecision) -> None:
-        if phase is None:
-            return
+    def _count_phase(self, phase: ExecutionInstanceType, instance: ExecutionInstance | None) -> None:
         metrics = self.pd_metrics
-        instance = self.fleet.get(decision.instance_id)
         specialised = instance is not None and instance.instance_type == phase
         if phase is ExecutionInstanceType.PREFILLING:
             metrics.total_prefilling_requests += 1
@@ -313,7 +348,7 @@ class Dispatcher:
 
     async def _ask_user(self, job: Job, candidates: list[ExecutionInstance]) -> tuple[SchedulingDecision, ExecutionInstanceType | None]:
         phase: ExecutionInstanceType | None = None
-        if self.policy.places_itself:
+        if self._places_itself:
             answer: object = self.policy.schedule(job.request, candidates)
             decision = await answer if inspect.isawaitable(answer) else answer
             if not isinstance(decision, SchedulingDecision):
@@ -360,7 +395,7 @@ class Dispatcher:
                 woken.set_result(None)
 
     def _asked(self) -> str:
-        if self.policy.places_itself:
+        if self._places_itself:
             return f"the scheduling policy {self.policy.name}"
         return f"the router {self.router.name} (scheduling policy {self.policy.name})"
 

@@ -56,7 +56,7 @@ class Attempt:
         self._listener = listener
         self._settled = False
         self.call: Call | None = None
-        self.started_s = executor.clock.now_s()
+        self.started_s = job.scheduled_s or executor.clock.now_s()
         #: predicted work there when this one came, and the requests in flight there with it
         self.backlog_ms = instance.outstanding_ms
         self.batch = float(instance.active_requests + 1)
@@ -234,19 +234,17 @@ class ExecutionCoordinator:
 
     def start(self, job: Job, decision: SchedulingDecision, listener: AttemptListener) -> Attempt:
         """Run ``job`` where ``decision`` says. Never raises: a failure comes to ``listener.attempt_failed``, maybe at once."""
-        leg = decision.plan.answering
-        instance = self.fleet.get(leg.instance_id)
-        if instance is None:
-            raise InstanceNotFound(f"no instance {leg.instance_id!r} is registered")
+        leg = decision.plan.legs[-1]
+        instance, engine = self.fleet.serving(leg.instance_id)
         attempt = Attempt(job, instance, self, listener)
         job.instance = instance
         try:
-            call = self.fleet.engine(leg.instance_id).start(leg, job.wire, attempt, job.request)
+            call = engine.start(leg, job.wire, attempt, job.request)
         except Exception as error:  # an engine of the user's own, or a request that cannot be written: no reason to try it elsewhere
             known = error if isinstance(error, ControlPlaneError) else None
             attempt.failed(known or ControlPlaneError(f"{leg.instance_id}: the request could not be sent: {error!r}"))
             return attempt
-        if attempt.call is None and not attempt.settled:
+        if attempt.call is None and not attempt._settled:
             attempt.call = call
         return attempt
 

@@ -112,10 +112,13 @@ class Job:
 
     def stamp(self, **times: datetime | None) -> None:
         """Write times to the request, and to the caller's object while that is still this request."""
+        owner = self.owner
+        if owner is not None and owner.request_id != self.request_id:
+            owner = None
         for name, moment in times.items():
             setattr(self.request, name, moment)
-            if self.owner is not None and self.owner.request_id == self.request_id:
-                setattr(self.owner, name, moment)
+            if owner is not None:
+                setattr(owner, name, moment)
 
     def fill_in(self, name: str, value: float | str | None) -> None:
         """Set a field that the caller left open, until :meth:`leave_open`."""

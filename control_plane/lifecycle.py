@@ -39,6 +39,10 @@ from control_plane.types import ExecutionInstance, RequestKind, RequestMetadata,
 
 #: weight of one request in an instance's mean latency
 LATENCY_WEIGHT = 0.1
+#: lanes kept ready; where more come, it begins anew
+MAX_LANES = 1024
+#: a request that starts this soon after its arrival did not wait
+AT_ONCE_S = 0.001
 
 
 class RequestLifecycle:
@@ -82,6 +86,8 @@ class RequestLifecycle:
         self._waiters: dict[str, list[asyncio.Future[None]]] = {}
         #: the policy wants to hear of ends (its hook is not the base's)
         self._tells_policy = False
+        #: the plain lanes by model and kind
+        self._lanes: dict[tuple[str, RequestKind], LaneKey] = {}
         self._ids = itertools.count(1)
         self._id_prefix = f"{rng.getrandbits(48):012x}"
 
@@ -119,34 +125,53 @@ class RequestLifecycle:
             if self.closed:
                 raise Draining("the control plane is stopping and takes no new requests")
             now_s = self._clock.now_s()
-            lane = LaneKey(self._lane_model(model, wire) if self.running else model or "", kind, pinned)
-            self._name(request)
+            lane = self._lane(model, kind, pinned, wire)
+            if not request.request_id or self.records.taken(request.request_id):
+                self._name(request)
             job = Job(request, lane, wire, sink, now_s, owner)
-            self._take_in(job)
+            room = self._take_in(job, named=bool(model))
         except ControlPlaneError as error:
             self._metrics.on_refused(error, request)
             raise
-        if owner is not None:
-            owner.request_id = job.request_id
         arrival = self._clock.utc(now_s)
-        job.stamp(arrival_time=arrival, queue_time=arrival, schedule_time=None, start_time=None, end_time=None)
+        if owner is None:
+            request.arrival_time = request.queue_time = arrival
+        else:
+            owner.request_id = job.request_id
+            job.stamp(arrival_time=arrival, queue_time=arrival, schedule_time=None, start_time=None, end_time=None)
         job.state = RequestStatus.QUEUED
         self.records.add(job)
         self._metrics.on_accepted(job)
-        self.dispatcher.arrived(job)
+        if room is not None:
+            self.dispatcher.start_now(job, room)
+        else:
+            self.dispatcher.arrived(job)
         return job
 
-    def _take_in(self, job: Job) -> None:
-        """Into the queue, admitted where it can be judged already. Raises what :meth:`accept` raises and leaves nothing behind."""
-        try:
-            if self.running and job.lane.model:
-                self._admit(job)
-            else:
-                self._postpone(job)
-            self.queue.push(job)
-        except ControlPlaneError:
-            job.leave_open()
-            raise
+    def _lane(self, model: str | None, kind: RequestKind, pinned: str | None, wire: WireRequest) -> LaneKey:
+        """Where it waits. Whether a model that had a lane before is still served is looked at when nobody has room for it."""
+        if not self.running:
+            return LaneKey(model or "", kind, pinned)
+        if pinned is not None or not model:
+            return LaneKey(self._lane_model(model, wire), kind, pinned)
+        lane = self._lanes.get((model, kind))
+        if lane is None:
+            if len(self._lanes) >= MAX_LANES:
+                self._lanes.clear()
+            lane = self._lanes[model, kind] = LaneKey(self._lane_model(model, wire), kind)
+        return lane
+
+    def _take_in(self, job: Job, *, named: bool) -> list[ExecutionInstance] | None:
+        """Admit it where it can be judged already. The instances with room where it may start at once, before anybody waits; else None,
+        and it is in the queue. Raises what :meth:`accept` raises and leaves nothing behind."""
+        if self.running and job.lane.model:
+            room = self._admit(job, named=named)
+            if room and self.dispatcher.starts_at_once(job.lane):
+                return room
+        else:
+            self._postpone(job)
+        self.queue.push(job)
+        return None
 
     def _postpone(self, job: Job) -> None:
         """It is judged later; that it can be written, and how large it is, is known now."""
@@ -161,16 +186,18 @@ class RequestLifecycle:
             )
 
     def _estimate_input(self, job: Job) -> None:
-        if job.request.input_tokens is None:
+        tokens = job.request.input_tokens
+        if tokens is None:
             # estimated once: policy, PD routing and router all ask for it
-            job.fill_in("input_tokens", self._predictor.input_tokens(job.request))
-        job.input_tokens = job.request.input_tokens or 0
+            tokens = job.request.input_tokens = self._predictor.input_tokens(job.request)
+        job.input_tokens = tokens
 
     def _name(self, request: RequestMetadata) -> None:
+        """An id of its own for a request that has none, or another one's."""
         name = request.request_id
         if not name:
             request.request_id = f"req-{self._id_prefix}-{next(self._ids):x}"
-        elif name in self.records:
+        else:
             request.request_id = f"{name}-{self._id_prefix[:4]}{next(self._ids):x}"
 
     def _lane_model(self, model: str | None, wire: WireRequest) -> str:
@@ -195,25 +222,31 @@ class RequestLifecycle:
         listed = ", ".join(sorted(names)) or "none yet"
         raise InvalidRequest(f"the request names no model and there is not just one; models served here: {listed}", param="model")
 
-    def _admit(self, job: Job) -> None:
-        """Judge a request against fleet and policy: budget, deadline, its key. Builds the wire request where that is still open."""
+    def _admit(self, job: Job, *, named: bool = False) -> list[ExecutionInstance]:
+        """Judge a request against fleet and policy: budget, deadline, its key; the instances that have room for it. Builds the wire
+        request where that is still open. ``named``: its caller named the model, which may not be served any more."""
         request, lane = job.request, job.lane
-        if not self._fleet.takes(lane.model, lane.kind) and self._fleet.knows(lane.model):
-            raise InvalidRequest(f"`{lane.model}` is served here, but no instance of it takes {lane.kind} requests", param="model")
+        room = self._fleet.with_room(lane)
+        if not room:
+            if named:
+                self.resolve_model(lane.model)
+            self._check_kind(lane)
         if request.model_name is None:
-            job.fill_in("model_name", lane.model)
+            request.model_name = lane.model
         self._estimate_input(job)
         if request.cost_budget is not None or request.when_late == "reject":
-            admit(request, self._fleet.eligible(job.lane), self._fleet, self._queue_wait_ms(job))
+            # what waits ahead in its lane, at the pace of the requests started there lately
+            wait_ms = 0.0 if room else self.queue.present_wait_s(lane) * 1000.0
+            admit(request, self._fleet.eligible(lane), self._fleet, wait_ms)
         if not job.wire.path:
-            job.wire = build_wire(request, job.lane.kind, job.lane.model, stream=job.wire.stream)
+            job.wire = build_wire(request, lane.kind, lane.model, stream=job.wire.stream)
         set_key(job, self.dispatcher.policy, self._fleet)
+        return room
 
-    def _queue_wait_ms(self, job: Job) -> float:
-        """What waits ahead in its lane, at the pace of the requests started there lately; 0 while there is room."""
-        if self._fleet.with_room(job.lane):
-            return 0.0
-        return self.queue.present_wait_s(job.lane) * 1000.0
+    def _check_kind(self, lane: LaneKey) -> None:
+        """Raises InvalidRequest for a model of which no instance takes this kind."""
+        if not self._fleet.takes(lane.model, lane.kind) and self._fleet.knows(lane.model):
+            raise InvalidRequest(f"`{lane.model}` is served here, but no instance of it takes {lane.kind} requests", param="model")
 
     def cancel(self, job: Job, error: ControlPlaneError | None = None) -> None:
         """Drop a request wherever it is. Its sink hears ``error`` if one is given, else nothing more. May repeat."""
@@ -292,11 +325,14 @@ class RequestLifecycle:
     # ---- running: called by the dispatcher and the executor
 
     def launch(self, job: Job, decision: SchedulingDecision) -> None:
-        now_s = self._clock.now_s()
-        job.scheduled_s = now_s
+        job.scheduled_s = now_s = self._clock.now_s()
         job.attempts += 1
-        now = self._clock.utc(now_s)
-        job.stamp(schedule_time=now, start_time=now)
+        arrival = job.request.arrival_time if now_s - job.arrival_s < AT_ONCE_S else None
+        now = arrival or self._clock.utc(now_s)
+        if job.owner is None:
+            job.request.schedule_time = job.request.start_time = now
+        else:
+            job.stamp(schedule_time=now, start_time=now)
         try:
             attempt = self._executor.start(job, decision, self)
         except ControlPlaneError as error:
@@ -320,10 +356,10 @@ class RequestLifecycle:
         self._learn(attempt, job, now_s)
         job.error = job.sink.error if isinstance(job.sink, AnswerSink) else None
         if job.error is not None:
-            self._end(job, RequestStatus.FAILED)
+            self._end(job, RequestStatus.FAILED, now_s)
             self._metrics.on_failed(job, job.error)
         else:
-            self._end(job, RequestStatus.COMPLETED)
+            self._end(job, RequestStatus.COMPLETED, now_s)
             self._metrics.on_finished(job)
         self._settled(job)
         self.dispatcher.room(attempt.instance)
@@ -332,12 +368,15 @@ class RequestLifecycle:
         """What a good end teaches: the instance's speed, the model's lengths."""
         instance, request, usage, predictor = attempt.instance, job.request, job.usage, self._predictor
         assert usage is not None
-        self._fleet.record_success(instance)
+        self._fleet.record_success(instance, now_s)
         latency_ms = (now_s - attempt.started_s) * 1000.0
         instance.avg_latency_ms += LATENCY_WEIGHT * (latency_ms - instance.avg_latency_ms) if instance.avg_latency_ms else latency_ms
         if usage.exact:
-            predictor.observe_bytes_per_token(job.lane.model, request.prompt_bytes, usage.prompt_tokens)
             job.input_tokens = usage.prompt_tokens
+        if not predictor.wants_sample(instance, now_s):
+            return
+        if usage.exact:
+            predictor.observe_bytes_per_token(job.lane.model, request.prompt_bytes, usage.prompt_tokens)
             if usage.completion_tokens:
                 predictor.observe_length(job.lane.model, request, usage.completion_tokens)
         if job.wire.stream and job.output_tokens > 1:
@@ -416,10 +455,13 @@ class RequestLifecycle:
 
     # ---- ends
 
-    def _end(self, job: Job, state: RequestStatus) -> None:
+    def _end(self, job: Job, state: RequestStatus, now_s: float | None = None) -> None:
         job.state = state
-        job.end_s = self._clock.now_s()
-        job.stamp(end_time=self._clock.utc(job.end_s))
+        job.end_s = end_s = self._clock.now_s() if now_s is None else now_s
+        if job.owner is None:
+            job.request.end_time = self._clock.utc(end_s)
+        else:
+            job.stamp(end_time=self._clock.utc(end_s))
         self.records.end(job)
 
     def end_failed(self, job: Job, error: ControlPlaneError) -> None:
@@ -443,7 +485,8 @@ class RequestLifecycle:
                     waiter.set_result(None)
         if self._tells_policy:
             self._tell_policy(job)
-        job.leave_open()
+        if job.filled_in:
+            job.leave_open()
         job.forget_content()
         if self.drained is not None and not self.records.live_count and not self.drained.done():
             self.drained.set_result(None)

@@ -44,10 +44,12 @@ class PDRoutingStrategy:
         at least half as many where the input is also ``prefilling_threshold_ratio`` times the expected output: such a request spends
         most of its time in prefill though its prompt is not long. Kinds that generate nothing are all prefill.
         """
-        if kind_of(request) in NOT_GENERATIVE:
+        if (request.kind or kind_of(request)) in NOT_GENERATIVE:
             return PREFILLING
         config = self.config
-        tokens = self.predictor.input_tokens(request)
+        tokens = request.input_tokens
+        if tokens is None:
+            tokens = self.predictor.input_tokens(request)
         threshold = config.prefilling_threshold_input_tokens
         if tokens > threshold:
             return PREFILLING
@@ -83,10 +85,19 @@ class PDRoutingStrategy:
         """(phase, the candidates for it, whether they are specialised in it). See :func:`for_phase`; kinds that generate nothing keep
         all candidates."""
         phase = self.determine_request_phase(request)
-        if kind_of(request) in NOT_GENERATIVE:
-            return phase, list(candidates), False
+        if (request.kind or kind_of(request)) in NOT_GENERATIVE or _all_alike(candidates):
+            return phase, candidates if isinstance(candidates, list) else list(candidates), False
         kept, specialised = for_phase(phase, candidates)
         return phase, kept, specialised
+
+
+def _all_alike(candidates: Sequence[ExecutionInstance]) -> bool:
+    """Nobody is made for a role, or has a cap in one."""
+    general = ExecutionInstanceType.GENERAL
+    for instance in candidates:
+        if instance.instance_type is not general or instance.prefilling_config is not None or instance.decoding_config is not None:
+            return False
+    return True
 
 
 def parse_phase(phase: str) -> ExecutionInstanceType:

@@ -26,6 +26,9 @@ WAIT_SHARE_PRIOR = 0.01
 TYPICAL_BACKLOG_MS = 10_000.0
 #: a first token whose predicted wait is longer than so many of its own prefills tells nothing of the prefill
 DROWNED = 4.0
+#: so many ends of an instance all teach; after that one in so many seconds does, which follows any drift and costs nothing under load
+LEARN_ALL_SAMPLES = 256
+SAMPLE_INTERVAL_S = 0.02
 #: batch at which an instance counts as well used; dollars are shared out at this batch, so that they do not swing with the load
 NOMINAL_BATCH = 32
 BYTES_PER_TOKEN_PRIOR = 4.0
@@ -90,7 +93,7 @@ class Line:
 class InstanceModel:
     """What is believed of one instance."""
 
-    __slots__ = ("decode", "first_token", "model_name", "prefill", "ranks", "wait_share")
+    __slots__ = ("decode", "first_token", "model_name", "next_sample_s", "prefill", "ranks", "samples", "wait_share")
 
     def __init__(self, instance: ExecutionInstance) -> None:
         prior = prior_of(instance)
@@ -101,6 +104,9 @@ class InstanceModel:
         #: milliseconds to the first token, less what the prompt's length explains, over the work in flight at sending
         self.first_token = Line(self.prefill.fixed, WAIT_SHARE_PRIOR, TYPICAL_BACKLOG_MS)
         self.wait_share = WAIT_SHARE_PRIOR
+        #: how many ends taught it something, and from when on the next one does
+        self.samples = 0
+        self.next_sample_s = 0.0
 
 
 def prior_of(instance: ExecutionInstance) -> roofline.EngineProfile:
@@ -236,7 +242,10 @@ class LatencyPredictor:
 
     def services_ms(self, request: RequestMetadata, instances: Sequence[ExecutionInstance]) -> list[float]:
         """:meth:`service_ms` on each of them; the request's own figures are looked up once."""
-        inputs, outputs = self.input_tokens(request), self.output_tokens(request)
+        inputs = request.input_tokens
+        if inputs is None:
+            inputs = self.input_tokens(request)
+        outputs = self.output_tokens(request)
         known, found = self._instances, []
         for instance in instances:
             model = known.get(instance.instance_id)
@@ -259,6 +268,15 @@ class LatencyPredictor:
         return price * self.work_ms(request, instance) / MS_PER_HOUR if price else 0.0
 
     # -- learning ----------------------------------------------------------------------------------------------------------------
+
+    def wants_sample(self, instance: ExecutionInstance, now_s: float) -> bool:
+        """Whether a request that ended well there now is to be learned from; counts it as one that is."""
+        model = self._model(instance)
+        if model.samples >= LEARN_ALL_SAMPLES and now_s < model.next_sample_s:
+            return False
+        model.samples += 1
+        model.next_sample_s = now_s + SAMPLE_INTERVAL_S
+        return True
 
     def observe_first_token(self, instance: ExecutionInstance, uncached_tokens: int, ms: float, backlog_ms: float = 0.0) -> None:
         """A first token came ``ms`` after sending; ``backlog_ms`` was ``outstanding_ms`` there at that moment (before its own)."""

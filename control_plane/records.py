@@ -9,7 +9,11 @@ from control_plane.clock import Clock
 from control_plane.engines import AnswerSink, StreamSink, answer_output
 from control_plane.errors import RequestNotFound
 from control_plane.job import Job
+from control_plane.protocols import WireRequest
 from control_plane.types import RequestStatus, RequestStatusInfo, Timings
+
+#: what stays of the wire request after the end
+_ENDED_WIRES = (WireRequest("", b""), WireRequest("", b"", stream=True))
 
 FINAL_STATES = frozenset((RequestStatus.COMPLETED, RequestStatus.FAILED, RequestStatus.CANCELLED))
 
@@ -28,6 +32,10 @@ class RequestRecords:
         self.forget_old()
         return request_id in self._live or request_id in self._ended
 
+    def taken(self, request_id: str) -> bool:
+        """Whether another record goes by this id, be it one that is about to be forgotten."""
+        return request_id in self._live or request_id in self._ended
+
     def __len__(self) -> int:
         return len(self._live) + len(self._ended)
 
@@ -44,7 +52,7 @@ class RequestRecords:
     def end(self, job: Job) -> None:
         """``job`` reached a final state: keep what people may ask for, drop its body."""
         self._live.pop(job.request_id, None)
-        job.wire = job.wire._replace(body=b"", headers=())
+        job.wire = _ENDED_WIRES[job.wire.stream]
         job.call = None
         job.request.prompt_head = b""
         if self._max_ended > 0:

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 from control_plane.types import ExecutionInstance, ExecutionInstanceType
 
+_PREFILLING = ExecutionInstanceType.PREFILLING
+_DECODING = ExecutionInstanceType.DECODING
 #: requests that count as a full load where no cap is known: vLLM's usual ``--max-num-seqs``
 SOFT_CAPACITY = 256
 
 
 def count_in(instance: ExecutionInstance, predicted_ms: float, phase: str | None) -> None:
-    instance.active_requests += 1
+    active = instance.active_requests = instance.active_requests + 1
     instance.outstanding_ms += predicted_ms
     if phase is not None:
-        _count_phase(instance, phase, 1)
-    _set_load(instance)
+        if phase == _PREFILLING:
+            instance.prefilling_active_requests += 1
+        elif phase == _DECODING:
+            instance.decoding_active_requests += 1
+    limit = instance.max_concurrent_requests or instance.learned_concurrency or SOFT_CAPACITY
+    instance.current_load = active / limit if active < limit else 1.0
 
 
 def count_out(instance: ExecutionInstance, predicted_ms: float, phase: str | None) -> None:
-    active = instance.active_requests = max(0, instance.active_requests - 1)
+    active = instance.active_requests - 1
+    if active < 0:
+        active = 0  # its owner set it
+    instance.active_requests = active
     # sums of floats drift: nothing in flight is nothing outstanding
-    instance.outstanding_ms = max(0.0, instance.outstanding_ms - predicted_ms) if active else 0.0
+    left_ms = instance.outstanding_ms - predicted_ms
+    instance.outstanding_ms = left_ms if active and left_ms > 0.0 else 0.0
     if phase is not None:
-        _count_phase(instance, phase, -1)
-    _set_load(instance)
+        if phase == _PREFILLING:
+            instance.prefilling_active_requests = max(0, instance.prefilling_active_requests - 1)
+        elif phase == _DECODING:
+            instance.decoding_active_requests = max(0, instance.decoding_active_requests - 1)
+    limit = instance.max_concurrent_requests or instance.learned_concurrency or SOFT_CAPACITY
+    instance.current_load = active / limit if active < limit else 1.0
 
 
 def role_has_room(instance: ExecutionInstance, phase: str) -> bool:
@@ -32,16 +46,3 @@ def role_has_room(instance: ExecutionInstance, phase: str) -> bool:
     if phase == ExecutionInstanceType.DECODING and (decoding := instance.decoding_config) is not None:
         return instance.decoding_active_requests < decoding.max_parallel_requests
     return True
-
-
-def _count_phase(instance: ExecutionInstance, phase: str, change: int) -> None:
-    if phase == ExecutionInstanceType.PREFILLING:
-        instance.prefilling_active_requests = max(0, instance.prefilling_active_requests + change)
-    elif phase == ExecutionInstanceType.DECODING:
-        instance.decoding_active_requests = max(0, instance.decoding_active_requests + change)
-
-
-def _set_load(instance: ExecutionInstance) -> None:
-    limit = instance.max_concurrent_requests or instance.learned_concurrency or SOFT_CAPACITY
-    active = instance.active_requests
-    instance.current_load = active / limit if active < limit else 1.0

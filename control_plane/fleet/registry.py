@@ -53,8 +53,8 @@ class Fleet:
         rng: Random | None = None,
     ) -> None:
         self._clock = clock
-        self._predictor = predictor
-        self._prefixes = prefixes if prefixes is not None else NoPrefixes()
+        self.predictor = predictor
+        self.prefixes = prefixes if prefixes is not None else NoPrefixes()
         self._make_engine = engine_factory
         self._settings = settings or HealthSettings()
         self._status = StatusBook(clock, events if events is not None else Silence(), self._settings)
@@ -73,14 +73,6 @@ class Fleet:
     def now_s(self) -> float:
         return self._clock.now_s()
 
-    @property
-    def predictor(self) -> Predictor:
-        return self._predictor
-
-    @property
-    def prefixes(self) -> PrefixMatches:
-        return self._prefixes
-
     def instances(self) -> Sequence[ExecutionInstance]:
         """Every registered instance, usable or not, in order of registration. Not to be changed by the caller."""
         return self._index.instances
@@ -88,6 +80,11 @@ class Fleet:
     def get(self, instance_id: str) -> ExecutionInstance | None:
         record = self._records.get(instance_id)
         return None if record is None else record.instance
+
+    def serving(self, instance_id: str) -> tuple[ExecutionInstance, Engine]:
+        """An instance and what runs requests there. Raises InstanceNotFound."""
+        record = self._record(instance_id)
+        return record.instance, record.engine if record.engine is not None else self._engine_of(record)
 
     def engine(self, instance_id: str) -> Engine:
         """What runs requests there. Raises InstanceNotFound."""
@@ -235,7 +232,7 @@ class Fleet:
         count_out(instance, predicted_ms, phase)
         if self._status.trials and (record := self._status.trials.get(instance.instance_id)) is not None:
             record.trial_placed = max(0, record.trial_placed - 1)
-        if not instance.active_requests:
+        if not instance.active_requests and (self._leaving or instance.health_status is not HealthStatus.HEALTHY):
             self._emptied(instance)
 
     def _emptied(self, instance: ExecutionInstance) -> None:
@@ -247,12 +244,14 @@ class Fleet:
 
     # ---- how requests ended there
 
-    def record_success(self, instance: ExecutionInstance) -> None:
-        """A request ended well there."""
-        record = self._mine(instance)
-        if record is None:
+    def record_success(self, instance: ExecutionInstance, now_s: float | None = None) -> None:
+        """A request ended well there (``now_s``: when)."""
+        record = self._records.get(instance.instance_id)
+        if record is None or record.instance is not instance:
             return
-        now_s = record.last_success_s = self._clock.now_s()
+        if now_s is None:
+            now_s = self._clock.now_s()
+        record.last_success_s = now_s
         if self._status.busy:
             self._status.busy.pop(instance.instance_id, None)
         record.outliers.success(now_s)

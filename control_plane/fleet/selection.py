@@ -54,7 +54,7 @@ class ModelIndex:
     def _follow_names(self) -> None:
         if [instance.model_name for instance in self.instances] != self._names:
             self.rebuild()
-        else:
+        elif len(self.instances) > NAMES_ALWAYS:
             self._due_s = self._clock.now_s() + NAMES_INTERVAL_S
 
 

@@ -10,7 +10,7 @@ from control_plane.pd_routing import for_phase
 from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import FleetView
 from control_plane.router.base import Placement, RoutingStrategy, accepts_phase, placement_of
-from control_plane.router.table import create_strategy
+from control_plane.router.table import ROUTERS, create_strategy
 from control_plane.types import ExecutionInstance, RequestMetadata
 from control_plane.view import StaticView
 
@@ -26,16 +26,16 @@ class RequestRouter(RoutingStrategy):
 
     def __init__(self, strategy: object = "load_balanced", *, rng: Random | None = None, view_factory: ViewFactory | None = None) -> None:
         self._strategy = create_strategy(strategy, rng)
+        if type(self) is RequestRouter:
+            self.name = self._strategy.name
+        #: one of the table's own and not a subclass of this face: its answer is a Placement on one of the candidates
+        self.is_ours = type(self) is RequestRouter and isinstance(strategy, str) and strategy in ROUTERS
         self._view_of = view_factory if view_factory is not None else self._static_view
         self._takes_phase = accepts_phase(self._strategy.select_instance)
         self._predictor = LatencyPredictor()
 
     @property
     def strategy(self) -> str:
-        return self._strategy.name
-
-    @property
-    def name(self) -> str:  # type: ignore[override]
         return self._strategy.name
 
     @property
