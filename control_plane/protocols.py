@@ -20,8 +20,9 @@ Headers = Sequence[tuple[bytes, bytes]]
 class WireRequest(NamedTuple):
     """What is sent to an engine. ``body`` is held once, as the bytes that came.
 
-    ``headers`` are extra ones to pass on (authorization, content-type where it is not JSON, x-request-id). ``stream``: the answer
-    is an event stream. ``hide_usage``: the engine was asked for a closing usage event that the client did not ask for.
+    ``headers`` are those to pass on (authorization, x-request-id), with the content type where there are any; ``lines`` are the same
+    as they stand in a head, where somebody has them ready. ``stream``: the answer is an event stream. ``hide_usage``: the engine was
+    asked for a closing usage event that the client did not ask for.
     """
 
     path: str
@@ -30,6 +31,7 @@ class WireRequest(NamedTuple):
     hide_usage: bool = False
     method: str = "POST"
     headers: tuple[tuple[bytes, bytes], ...] = ()
+    lines: bytes = b""
 
 
 class EngineOutcome(NamedTuple):

@@ -51,16 +51,16 @@ def find_usage(data: bytes) -> Usage | None:
 
 def _closing_brace(data: bytes, start: int) -> int:
     """Index after the brace that closes the one at ``start``; usage objects hold no strings with braces. -1: cut off."""
+    end, opened, limit = start, start, start + 4096
     depth = 0
-    for index in range(start, min(len(data), start + 4096)):
-        byte = data[index]
-        if byte == 0x7B:
-            depth += 1
-        elif byte == 0x7D:
-            depth -= 1
-            if not depth:
-                return index + 1
-    return -1
+    while True:
+        end = data.find(b"}", end, limit) + 1
+        if not end:
+            return -1
+        depth += data.count(b"{", opened, end) - 1
+        if depth <= 0:
+            return end
+        opened = end
 
 
 def _read_usage(text: bytes) -> Usage | None:

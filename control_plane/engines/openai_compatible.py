@@ -54,7 +54,11 @@ class OpenAICompatibleEngine:
     def start(self, leg: Leg, wire: WireRequest, sink: Sink, request: RequestMetadata) -> Call:
         answer = EngineAnswer(self.instance.instance_id, wire, sink, self._clock)
         body = for_engine(wire, request, self.instance)
-        answer.attach(self.client.send(wire.method, wire.path, self._headers(wire), body, answer))
+        if wire.lines and self.instance.api_key is None:
+            call = self.client.send(wire.method, wire.path, (), body, answer, lines=wire.lines)
+        else:
+            call = self.client.send(wire.method, wire.path, self._headers(wire), body, answer)
+        answer.attach(call)
         return answer
 
     async def get(self, path: str, timeout_s: float) -> tuple[int, bytes]:
@@ -69,10 +73,9 @@ class OpenAICompatibleEngine:
             await client.close()
 
     def _headers(self, wire: WireRequest) -> Headers:
-        if not wire.headers and self.instance.api_key is None:
-            return (_JSON,)
-        headers = self._authorization(wire.headers)
-        return headers if any(name == b"content-type" for name, _ in headers) else (_JSON, *headers)
+        if not wire.headers:
+            return self._authorization((_JSON,))
+        return self._authorization(wire.headers)
 
     def _authorization(self, headers: tuple[tuple[bytes, bytes], ...]) -> tuple[tuple[bytes, bytes], ...]:
         """The instance's own key replaces whatever the client sent."""
@@ -148,7 +151,7 @@ class EngineAnswer:
         self.status = status
         self.headers = headers
         # the head is held until the first event: an engine that dies in between can still be replaced unseen
-        if 200 <= status < 300 and _content_type(headers).startswith(b"text/event-stream"):
+        if 200 <= status < 300 and _content_type(headers)[:17] == b"text/event-stream":
             self._splitter = events.EventSplitter()
 
     def on_body(self, data: bytes) -> None:
@@ -176,7 +179,7 @@ class EngineAnswer:
         elif self._started:
             self._finish(events.find_usage(self._usage_bytes[-4096:]))
         elif 200 <= self.status < 300:
-            body = b"".join(self._body)
+            body = self._body[0] if len(self._body) == 1 else b"".join(self._body)
             if events.was_aborted(body):
                 self._give_up("the engine aborted the request (it is shutting down)")
                 return

@@ -11,6 +11,7 @@ from control_plane.gateway.access_log import AccessLog, Line
 from control_plane.gateway.cors import Cors
 from control_plane.gateway.endpoints import ANY, Endpoint, in_anthropic_api
 from control_plane.gateway.guard import ClientKeys
+from control_plane.gateway.known_heads import KnownHead
 from control_plane.gateway.openai import NamesNoModel, read
 from control_plane.gateway.replies import TooManyStreams, UnknownPath, WrongMethod, error_answer, id_headers
 from control_plane.gateway.request_ids import RequestIds
@@ -26,7 +27,6 @@ from control_plane.types import ExecutionInstance, RequestKind, RequestMetadata
 #: client headers that go on to the engine, beside the content type where it is not plain JSON
 _CREDENTIALS = frozenset((b"authorization", b"x-api-key"))
 _FORWARDED = frozenset((b"anthropic-version", b"anthropic-beta", b"traceparent", b"tracestate", b"endpoint-load-metrics-format"))
-_JSON = b"application/json"
 
 
 class Relay:
@@ -59,7 +59,8 @@ class Relay:
 
     def relay(self, exchange: Exchange, endpoint: Endpoint) -> None:
         """Answer one POST to an engine's path. Never raises for what a client sent."""
-        headers = dict(exchange.headers)
+        known = self._known(exchange)
+        headers = known.headers
         request_id = self.take_id(headers)
         try:
             self._check(headers)
@@ -76,23 +77,29 @@ class Relay:
             return
         exchange.body = b""  # an edited body is a second one; only what is sent on is held
         kind = ResponsesSink if endpoint.responses else ClientSink
-        sink = kind(exchange, endpoint, request_id, self, stream=ask.stream)
-        if b"x-explain" in headers:
-            sink.explain = headers[b"x-explain"] not in (b"0", b"false", b"")
+        sink = kind(exchange, endpoint, request_id, self, stream=ask.stream, explain=known.explain, extra_headers=known.cors)
         if isinstance(sink, ResponsesSink):
             sink.remember_in(self.homes)
         if pinned is not None:
             sink.gone = gone(ask.previous_response_id or "", pinned, "previous_response_id")
+        id_bytes = request_id.encode()
         wire = WireRequest(
-            _target(exchange), ask.body, ask.stream, ask.hide_usage, "POST", self._engine_headers(exchange, headers, request_id)
+            known.target,
+            ask.body,
+            ask.stream,
+            ask.hide_usage,
+            "POST",
+            ((b"x-request-id", id_bytes), *known.forwarded),
+            b"x-request-id: %b\r\n%b" % (id_bytes, known.lines),
         )
-        self._accept(request, wire, sink, endpoint.kind, headers, pinned)
+        self._accept(request, wire, sink, endpoint.kind, pinned)
         if ask.stream and self._settings.queue_keepalive_s is not None:
             self._keep_waiting(sink, self._settings.queue_keepalive_s)
 
     def stored(self, exchange: Exchange) -> None:
         """Answer a request about a stored response: GET or DELETE of it, POST to its cancel."""
-        headers = dict(exchange.headers)
+        known = self._known(exchange)
+        headers = known.headers
         request_id = self.take_id(headers)
         try:
             self._check(headers)
@@ -104,11 +111,11 @@ class Relay:
             request_id=request_id, model_name=instance.model_name, max_tokens=None, kind=RequestKind.ANY, prompt_size_bytes=0
         )
         stream = b"stream=true" in exchange.query
-        forwarded = self._engine_headers(exchange, headers, request_id)
-        wire = WireRequest(_target(exchange), exchange.body, stream, method=exchange.method, headers=forwarded)
-        sink = ClientSink(exchange, ANY, request_id, self, stream=stream)
+        forwarded = ((b"x-request-id", request_id.encode()), *known.forwarded)
+        wire = WireRequest(known.target, exchange.body, stream, method=exchange.method, headers=forwarded)
+        sink = ClientSink(exchange, ANY, request_id, self, stream=stream, extra_headers=known.cors)
         sink.gone = gone(response_id, instance.instance_id, "response_id")
-        self._accept(request, wire, sink, RequestKind.ANY, headers, instance.instance_id)
+        self._accept(request, wire, sink, RequestKind.ANY, instance.instance_id)
 
     def _home_of(self, exchange: Exchange) -> tuple[str, ExecutionInstance]:
         found = response_path(exchange.path)
@@ -145,28 +152,14 @@ class Relay:
         if len(self.open) >= self.max_open:
             raise TooManyStreams(f"{self.max_open} requests are open, as many as this gateway has room for.")
 
-    def _engine_headers(self, exchange: Exchange, headers: Mapping[bytes, bytes], request_id: str) -> tuple[tuple[bytes, bytes], ...]:
-        own = (b"x-request-id", request_id.encode())
-        content_type = headers.get(b"content-type", _JSON)
-        forwarded = self._forwarded
-        if content_type == _JSON and forwarded.isdisjoint(headers):
-            return (own,)
-        kept = [header for header in exchange.headers if header[0] in forwarded]
-        if content_type != _JSON:
-            kept.append((b"content-type", content_type))
-        return (own, *kept)
+    def _known(self, exchange: Exchange) -> KnownHead:
+        notes = exchange.head.notes
+        known: KnownHead | None = notes.found
+        if known is None:
+            known = notes.found = KnownHead(exchange.head, self._forwarded, self.cors)
+        return known
 
-    def _accept(
-        self,
-        request: RequestMetadata,
-        wire: WireRequest,
-        sink: ClientSink,
-        kind: RequestKind,
-        headers: Mapping[bytes, bytes],
-        pinned: str | None,
-    ) -> None:
-        if self.cors:
-            sink.extra_headers = self.cors.headers(headers)
+    def _accept(self, request: RequestMetadata, wire: WireRequest, sink: ClientSink, kind: RequestKind, pinned: str | None) -> None:
         self.open.add(sink)
         try:
             job = self.manager.accept(request, wire, sink, kind=kind, model=request.model_name, pinned=pinned)
@@ -261,7 +254,3 @@ class Relay:
 def _ms(seconds: float) -> float:
     """Milliseconds to one place; ``round`` costs four times as much."""
     return int(seconds * 10_000.0) / 10.0
-
-
-def _target(exchange: Exchange) -> str:
-    return f"{exchange.path}?{exchange.query.decode('latin-1')}" if exchange.query else exchange.path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import msgspec
@@ -136,6 +137,7 @@ def _retry_after(error: ControlPlaneError, status: int) -> list[Header]:
     return [(b"retry-after", b"%d" % max(1, math.ceil(seconds)))]
 
 
+@lru_cache(maxsize=4096)
 def header_text(text: str) -> bytes:
     """``text`` as a header value: visible ASCII as it is, anything else replaced."""
     return text.encode("ascii", "replace") if text.isprintable() else ascii(text).encode()

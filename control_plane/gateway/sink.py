@@ -17,7 +17,8 @@ from control_plane.gateway.responses import ResponseHomes, response_id_in
 from control_plane.job import Job
 from control_plane.manager import describe_decision
 from control_plane.protocols import Call, EngineOutcome, Headers
-from control_plane.transport import Exchange
+from control_plane.transport import Exchange, KnownHeaders
+from control_plane.transport.wire import head_bytes
 
 #: headers of an engine that do not go on: hop by hop, framing (ours), or set by us
 NOT_RELAYED = frozenset(
@@ -106,17 +107,9 @@ class ClientSink:
             return
         self._begun = True
         if not exchange.started:
-            relayed: list[Header] = []
-            length = None
-            for header in headers:
-                name = header[0]
-                if name not in NOT_RELAYED:
-                    relayed.append(header)
-                elif name == b"content-length":
-                    length = int(header[1])
-            relayed += self._own_headers()
+            lines, length = _relayed(headers)
             self._events = self.stream and length is None
-            exchange.start(status, relayed, length)
+            exchange.start_with(status, lines + self._own_lines(), length)
         exchange.on_pause = call.pause
         exchange.on_resume = call.resume
 
@@ -172,6 +165,19 @@ class ClientSink:
 
     # ---- inside
 
+    def _own_lines(self) -> bytes:
+        """The same as :meth:`_own_headers`, as they stand in a head; made at once where they are the usual ones."""
+        job = self.job
+        if job is None or job.instance is None or self.explain or self.extra_headers or self.endpoint.anthropic:
+            return head_bytes(b"", self._own_headers())
+        queue_ms = (job.scheduled_s - job.arrival_s) * 1000.0
+        # the id is visible ASCII, as the relay has seen to
+        return b"x-request-id: %b\r\nx-instance-id: %b\r\nx-queue-ms: %.1f\r\n" % (
+            self.request_id.encode(),
+            header_text(job.instance.instance_id),
+            queue_ms,
+        )
+
     def _own_headers(self) -> list[Header]:
         headers = id_headers(self.request_id, anthropic=self.endpoint.anthropic)
         job = self.job
@@ -226,6 +232,23 @@ class ResponsesSink(ClientSink):
 
 def _unreachable(error: ControlPlaneError) -> bool:
     return isinstance(error, NoInstanceAvailable) or (isinstance(error, InstanceFailed) and not error.connected)
+
+
+def _relayed(headers: Headers) -> tuple[bytes, int | None]:
+    """The headers of an engine's answer that go on, as they stand in a head, and its content length."""
+    if isinstance(headers, KnownHeaders):
+        found: tuple[bytes, int | None] | None = headers.notes
+        if found is None:
+            found = headers.notes = _relayed(list(headers))
+        return found
+    length = None
+    kept = []
+    for header in headers:
+        if header[0] not in NOT_RELAYED:
+            kept.append(header)
+        elif header[0] == b"content-length":
+            length = int(header[1])
+    return head_bytes(b"", kept), length
 
 
 def _drop(data: bytes) -> None:

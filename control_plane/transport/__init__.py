@@ -1,9 +1,10 @@
 """HTTP/1.1 on asyncio protocols and llhttp: the server's side, the client's side, and the coarse timers of both."""
 
 from control_plane.transport.client import ClientCall, HttpClient, Receiver
+from control_plane.transport.client_connection import KnownHeaders
 from control_plane.transport.exchange import Exchange
 from control_plane.transport.limits import ClientLimits, ServerLimits
-from control_plane.transport.request_head import Refused, path_of
+from control_plane.transport.request_head import Refused, RequestHead, path_of
 from control_plane.transport.server import Handler, HttpServer
 from control_plane.transport.wheel import Deadline, Timer, TimerWheel
 
@@ -15,8 +16,10 @@ __all__ = [
     "Handler",
     "HttpClient",
     "HttpServer",
+    "KnownHeaders",
     "Receiver",
     "Refused",
+    "RequestHead",
     "ServerLimits",
     "Timer",
     "TimerWheel",

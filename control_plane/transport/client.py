@@ -168,10 +168,19 @@ class HttpClient:
         return len(self._idle)
 
     def send(
-        self, method: str, path: str, headers: Headers, body: bytes, receiver: Receiver, *, limits: ClientLimits | None = None
+        self,
+        method: str,
+        path: str,
+        headers: Headers,
+        body: bytes,
+        receiver: Receiver,
+        *,
+        limits: ClientLimits | None = None,
+        lines: bytes = b"",
     ) -> ClientCall:
         """Send a request; the answer, or one InstanceFailed, comes to ``receiver`` (a failure maybe before this returns).
 
+        ``lines``: the headers as they stand in a head, checked by whoever made them, instead of ``headers``.
         ``path`` begins with a slash and is appended to the base URL's. A kept connection that turns out to be closed before any byte
         of the answer is replaced once by a new one, without a word.
 
@@ -181,7 +190,11 @@ class HttpClient:
         if self._sweeper is None:
             self._bind()
         limits = limits or self.limits
-        head = self._head(method, path, headers, body)
+        if lines:
+            prefix = self._prefixes.get((method, path)) or self._remember_prefix(method, path)
+            head = b"%b%bcontent-length: %d\r\n\r\n" % (prefix, lines, len(body))
+        else:
+            head = self._head(method, path, headers, body)
         total_s = limits.total_timeout_s
         total_due_s = NEVER_S if total_s is None else self.loop.time() + total_s
         call = ClientCall(self, head, body, receiver, limits, method == "HEAD", total_due_s)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 import httptools
@@ -47,6 +48,16 @@ class Receiver(Protocol):
     def on_error(self, error: InstanceFailed) -> None: ...
 
 
+class KnownHeaders(list[tuple[bytes, bytes]]):
+    """Headers that were parsed before. ``notes`` is for whoever derives something from them, once."""
+
+    __slots__ = ("notes",)
+
+    def __init__(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        super().__init__(headers)
+        self.notes: Any = None
+
+
 class AnswerHead:
     """The head of an answer with a body of known length behind it, on a connection that is kept. Shared: not to be changed."""
 
@@ -54,7 +65,7 @@ class AnswerHead:
 
     def __init__(self, status: int, headers: list[tuple[bytes, bytes]], keepalive_s: float, content_length: int) -> None:
         self.status = status
-        self.headers = headers
+        self.headers = KnownHeaders(headers)
         self.keepalive_s = keepalive_s
         self.content_length = content_length
 

@@ -143,12 +143,15 @@ class Exchange:
 
         ``content_length`` None: chunked (until the connection's end for HTTP/1.0). Raises as :meth:`respond` does.
         """
+        self.start_with(status, head_bytes(b"", headers), content_length)
+
+    def start_with(self, status: int, lines: bytes, content_length: int | None = None) -> None:
+        """:meth:`start` with the headers as they stand in a head, checked by whoever made them (no framing header among them)."""
         self._begin()
-        head = head_bytes(status_line(status), headers)
         framing, line = self._choose_framing(status, content_length)
         self.started = True
         if not self.finished:
-            self._head = b"%b%b%b\r\n" % (head, self._persistence(), line)
+            self._head = b"%b%b%b%b\r\n" % (status_line(status), lines, self._persistence(), line)
             self._framing = framing
 
     def flush_head(self) -> None:
