@@ -7,6 +7,7 @@ control plane. *Wall time* (an aware UTC ``datetime``) is what people and logs a
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Protocol
 
@@ -14,7 +15,8 @@ from typing import Protocol
 class Clock(Protocol):
     """What the manager asks for the time. The simulator owns one of its own."""
 
-    def now_s(self) -> float:
+    @property
+    def now_s(self) -> Callable[[], float]:
         """Monotonic seconds; only differences mean anything."""
 
     def utc(self, monotonic_s: float) -> datetime:
@@ -24,13 +26,12 @@ class Clock(Protocol):
 class SystemClock:
     """The machine's clocks. Wall time is anchored once, so that times of one run never go backwards."""
 
-    __slots__ = ("_anchor",)
+    __slots__ = ("_anchor", "now_s")
 
     def __init__(self) -> None:
         self._anchor = time.time() - time.monotonic()
-
-    def now_s(self) -> float:
-        return time.monotonic()
+        #: the machine's own function, as it is asked for several times a request
+        self.now_s: Callable[[], float] = time.monotonic
 
     def utc(self, monotonic_s: float) -> datetime:
         return datetime.fromtimestamp(self._anchor + monotonic_s, UTC)

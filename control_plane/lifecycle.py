@@ -186,10 +186,11 @@ class RequestLifecycle:
             )
 
     def _estimate_input(self, job: Job) -> None:
-        tokens = job.request.input_tokens
+        request = job.request
+        tokens = request.input_tokens
         if tokens is None:
             # estimated once: policy, PD routing and router all ask for it
-            tokens = job.request.input_tokens = self._predictor.input_tokens(job.request)
+            tokens = request.input_tokens = self._predictor.input_tokens(request)
         job.input_tokens = tokens
 
     def _name(self, request: RequestMetadata) -> None:

@@ -182,18 +182,21 @@ class LatencyPredictor:
         """Prompt tokens: as told by ``request.input_tokens``, else counted (token ids), else bytes by the model's learned ratio."""
         if request.input_tokens is not None:
             return request.input_tokens
-        if isinstance(request.prompt, list) and request.prompt and isinstance(request.prompt[0], int):
-            return len(request.prompt)
-        ratio = self._bytes_per_token.get(request.model_name or "", BYTES_PER_TOKEN_PRIOR)
-        return int(request.prompt_bytes / ratio) + 1
+        prompt = request.prompt
+        if prompt and isinstance(prompt, list) and isinstance(prompt[0], int):
+            return len(prompt)
+        size = request.prompt_size_bytes
+        if size is None:
+            size = request.prompt_bytes
+        return int(size / self._bytes_per_token.get(request.model_name or "", BYTES_PER_TOKEN_PRIOR)) + 1
 
     def output_tokens(self, request: RequestMetadata) -> int:
         """Expected answer tokens, at most ``max_tokens``; 0 for kinds that generate nothing."""
         if request.kind in NOT_GENERATIVE or (request.kind is None and request.input is not None):
             return 0
         limit = request.max_tokens
-        expected = max(1, round(self._length_model(request.model_name or "", limit).mean))
-        return expected if limit is None else min(limit, expected)
+        expected = int(self._length_model(request.model_name or "", limit).mean + 0.5) or 1
+        return expected if limit is None or expected < limit else limit
 
     def output_tokens_p90(self, request: RequestMetadata) -> int:
         """The length that nine of ten such answers stay below, at most ``max_tokens``."""

@@ -149,8 +149,9 @@ class Gateway:
     def handle(self, exchange: Exchange) -> None:
         """Answer one request on the main listener. Never raises."""
         try:
-            endpoint = ENDPOINTS.get(exchange.path)
-            if endpoint is not None and exchange.method == "POST":
+            head = exchange.head
+            endpoint = ENDPOINTS.get(head.path)
+            if endpoint is not None and head.method == "POST":
                 self.relay.relay(exchange, endpoint)
             else:
                 self._other(exchange)

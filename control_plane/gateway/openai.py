@@ -101,8 +101,10 @@ def read(
     resolve_model: Resolve,
     *,
     ask_usage: bool = True,
+    wished: bool = True,
 ) -> Ask:
-    """Parse ``body`` and the routing headers. ``resolve_model(None)`` names the model of a request that names none.
+    """Parse ``body`` and the routing headers (``wished`` False: there are none). ``resolve_model(None)`` names the model of a request
+    that names none.
 
     ``request.request_id`` is "" unless the body brought one. Raises InvalidRequest naming the field, and what ``resolve_model`` raises.
     """
@@ -114,7 +116,7 @@ def read(
     changes: dict[str, bytes | None] = {}
     if not _nothing_of_ours(head):
         changes = _own_members(head, request)
-    wished = has_routing_headers(headers)
+    wished = wished and has_routing_headers(headers)
     if wished:
         apply_headers(headers, request, {name for name in changes if getattr(head, name) is not None})
     if wished or changes:
@@ -173,7 +175,7 @@ def _metadata(head: Head, endpoint: Endpoint, body: bytes) -> RequestMetadata:
     prompt = getattr(head, endpoint.prompt) if endpoint.prompt else UNSET
     request = RequestMetadata(
         model_name=head.model or None,
-        max_tokens=_count(head.max_completion_tokens) or _count(head.max_tokens) or _count(head.max_output_tokens),
+        max_tokens=_most_tokens(head),
         kind=endpoint.kind,
         prompt_size_bytes=len(body),
     )
@@ -189,6 +191,13 @@ def _metadata(head: Head, endpoint: Endpoint, body: bytes) -> RequestMetadata:
     if head.n is not None and (choices := _count(head.n)) is not None and choices > 1:
         request.extra_body = {"n": choices}
     return request
+
+
+def _most_tokens(head: Head) -> int | None:
+    for value in (head.max_completion_tokens, head.max_tokens, head.max_output_tokens):
+        if type(value) is int and 0 < value <= _MAX_COUNT:
+            return value
+    return None
 
 
 def _count(value: object) -> int | None:

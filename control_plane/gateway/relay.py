@@ -50,21 +50,24 @@ class Relay:
         self.refused: Counter[str] = Counter()
         self._settings = settings
         self._keys = ClientKeys(settings.api_keys)
+        self._has_keys = bool(self._keys)
         self._forwarded = _FORWARDED if self._keys else _FORWARDED | _CREDENTIALS
         self._log = log
         self._clock = manager.clock
         self._ids = RequestIds()
+        self._ask_usage = settings.ask_usage
 
     # ---- requests
 
     def relay(self, exchange: Exchange, endpoint: Endpoint) -> None:
         """Answer one POST to an engine's path. Never raises for what a client sent."""
-        known = self._known(exchange)
+        known = exchange.head.notes.found or self._known(exchange)
         headers = known.headers
-        request_id = self.take_id(headers)
+        request_id = self._ids.new() if known.given_id is None else known.given_id
         try:
-            self._check(headers)
-            ask = read(endpoint, exchange.body, headers, self.manager.resolve_model, ask_usage=self._settings.ask_usage)
+            if self.draining or self._has_keys or len(self.open) >= self.max_open:
+                self._check(headers)
+            ask = read(endpoint, exchange.body, headers, self.manager.resolve_model, ask_usage=self._ask_usage, wished=known.wished)
             request = ask.request
             if request.request_id:
                 request_id = self._ids.take(request.request_id.encode())

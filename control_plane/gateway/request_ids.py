@@ -23,7 +23,10 @@ class RequestIds:
         return f"{self._prefix}{self._next():x}"
 
     def take(self, given: bytes | None) -> str:
-        """``given`` as it came when it is 1 to 128 visible ASCII characters, else a new id."""
-        if given is not None and _FIT(given):
-            return given.decode("ascii")
-        return self.new()
+        """``given`` as it came when it is fit, else a new id."""
+        return fit_id(given) or self.new()
+
+
+def fit_id(given: bytes | None) -> str | None:
+    """``given`` when it is 1 to 128 visible ASCII characters."""
+    return given.decode("ascii") if given is not None and _FIT(given) else None

@@ -221,7 +221,10 @@ class ServerConnection(asyncio.Protocol):
         server.open_exchanges += 1
         if server.draining:
             exchange.keep_alive = False
-        server.handle(exchange)
+        try:
+            server.handler(exchange)
+        except Exception:
+            server.handler_failed(exchange)
 
     def _end_exchange(self) -> None:
         self._exchange = None

@@ -51,7 +51,7 @@ class HttpServer:
         self.loop: asyncio.AbstractEventLoop
         self.wheel: TimerWheel
         self._given_wheel = wheel
-        self._handler = handler
+        self.handler = handler
         self._ssl = ssl
         self._refuse = refuse
         self._connections: set[ServerConnection] = set()
@@ -138,17 +138,14 @@ class HttpServer:
                 log.exception("the answer to a refused request could not be made")
         return head_bytes(status_line(status), headers) + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body
 
-    def handle(self, exchange: Exchange) -> None:
-        """Call the handler; what it raises becomes a 500, or an answer cut off when one was begun."""
-        try:
-            self._handler(exchange)
-        except Exception:
-            log.exception("the handler failed on %r", exchange)
-            if exchange.started:
-                exchange.abort()
-                return
-            exchange.keep_alive = False
-            exchange.respond(500, ((b"content-type", b"application/json"),), refusal_body(500, "internal_error", "Internal server error."))
+    def handler_failed(self, exchange: Exchange) -> None:
+        """What the handler raised becomes a 500, or an answer cut off when one was begun."""
+        log.exception("the handler failed on %r", exchange)
+        if exchange.started:
+            exchange.abort()
+            return
+        exchange.keep_alive = False
+        exchange.respond(500, ((b"content-type", b"application/json"),), refusal_body(500, "internal_error", "Internal server error."))
 
     def guard(self, callback: Callable[[], object]) -> None:
         """Call a handler's callback; the connection goes on whatever it raises."""
