@@ -1,8 +1,8 @@
 """HTTP/1.1 on asyncio protocols and llhttp: the server's side, the client's side, and the coarse timers of both."""
 
 from control_plane.transport.client import ClientCall, HttpClient, Receiver
-from control_plane.transport.client_connection import KnownHeaders
 from control_plane.transport.exchange import Exchange
+from control_plane.transport.known_headers import KnownHeaders
 from control_plane.transport.limits import ClientLimits, ServerLimits
 from control_plane.transport.request_head import Refused, RequestHead, path_of
 from control_plane.transport.server import Handler, HttpServer

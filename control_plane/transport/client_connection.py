@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 import httptools
 
 from control_plane.errors import InstanceFailed
 from control_plane.transport.heads import END, MAX_HEAD_BYTES
+from control_plane.transport.known_headers import KnownHeaders
 from control_plane.transport.wheel import NEVER_S, Deadline
 from control_plane.transport.wire import JOIN_BYTES
 
@@ -46,16 +46,6 @@ class Receiver(Protocol):
 
     def on_complete(self) -> None: ...
     def on_error(self, error: InstanceFailed) -> None: ...
-
-
-class KnownHeaders(list[tuple[bytes, bytes]]):
-    """Headers that were parsed before. ``notes`` is for whoever derives something from them, once."""
-
-    __slots__ = ("notes",)
-
-    def __init__(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
-        super().__init__(headers)
-        self.notes: Any = None
 
 
 class AnswerHead:
