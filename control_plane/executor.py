@@ -47,7 +47,20 @@ class AttemptListener(Protocol):
 class Attempt:
     """One try of a request on one instance: a Sink between the engine and the caller's sink that counts and keeps the books."""
 
-    __slots__ = ("_executor", "_listener", "_settled", "backlog_ms", "batch", "call", "chunk", "instance", "job", "sent", "started_s")
+    __slots__ = (
+        "_executor",
+        "_listener",
+        "_settled",
+        "backlog_ms",
+        "batch",
+        "call",
+        "chunk",
+        "frame",
+        "instance",
+        "job",
+        "sent",
+        "started_s",
+    )
 
     def __init__(self, job: Job, instance: ExecutionInstance, executor: ExecutionCoordinator, listener: AttemptListener) -> None:
         self.job = job
@@ -64,6 +77,7 @@ class Attempt:
         self.sent = False
         #: bytes go from the engine to the caller's sink without a frame of ours in between
         self.chunk: Callable[[bytes], None] = job.sink.chunk
+        self.frame: Callable[[bytes, bytes], None] | None = getattr(job.sink, "frame", None)
         executor.opened(self)
 
     def started(self, status: int, headers: Headers, call: Call) -> None:

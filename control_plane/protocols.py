@@ -58,7 +58,9 @@ class Sink(Protocol):
 
     ``failed`` may come first and alone. Chunks of a streamed answer are whole server-sent events; chunks of a unary one are the
     body's bytes. ``tokens(n, first_s, last_s)``: n output tokens came between two monotonic times (an engine model reports many
-    steps at once). ``started`` is called only for a 2xx; any other status ends in ``failed(EngineError)``.
+    steps at once, an engine over HTTP some at a time after the first). ``started`` is called only for a 2xx; any other status ends
+    in ``failed(EngineError)``. A sink that has ``frame(frame, data)`` too gets some of its chunks there, with their HTTP framing
+    beside them.
     """
 
     def started(self, status: int, headers: Headers, call: Call) -> None: ...

@@ -78,35 +78,26 @@ def _read_usage(text: bytes) -> Usage | None:
 class EventSplitter:
     """Turns reads of any size into runs of whole events; at most one event is held back."""
 
-    __slots__ = ("_tail",)
+    __slots__ = ("tail",)
 
     def __init__(self) -> None:
-        self._tail = b""
+        #: what came after the last whole event
+        self.tail = b""
 
     def feed(self, data: bytes) -> bytes:
         """The whole events that are complete now, b"" when none is. Raises ValueError when one event grows beyond its bound."""
-        if self._tail:
-            data = self._tail + data
+        if self.tail:
+            data = self.tail + data
         elif data.endswith(b"\n\n"):
             return data
         cut = data.rfind(b"\n\n") + 2
         if cut == 1:
             crlf = data.rfind(b"\r\n\r\n")
             cut = crlf + 4 if crlf >= 0 else 0
-        self._tail = data[cut:]
-        if len(self._tail) > MAX_EVENT_BYTES:
+        self.tail = data[cut:]
+        if len(self.tail) > MAX_EVENT_BYTES:
             raise ValueError(f"one server-sent event is larger than {MAX_EVENT_BYTES} bytes")
         return data[:cut]
-
-    @property
-    def tail(self) -> bytes:
-        """What came after the last whole event."""
-        return self._tail
-
-
-def count_tokens(events: bytes) -> int:
-    """Tokens in whole events, counted as data events (``usage`` corrects the sum at the end)."""
-    return events.count(b"data: {")
 
 
 def drop_usage_event(events: bytes) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 from collections import deque
+from collections.abc import Callable
 
 from control_plane.clock import Clock
 from control_plane.engines import events
@@ -15,6 +16,8 @@ from control_plane.types import ExecutionInstance, Leg, RequestMetadata, Usage
 
 #: a unary answer up to this size is held until it is whole, so that an engine that dies in the middle can be replaced unseen
 UNARY_HOLD_BYTES = 1024 * 1024
+#: tokens of a stream are told so many at a time, after the first
+TOKENS_TOLD = 32
 _JSON = (b"content-type", b"application/json")
 _CREDENTIALS = (b"authorization", b"x-api-key")
 #: clients of former addresses that are kept to be closed at the end; an older one's connections end by their own time limits
@@ -92,15 +95,18 @@ class EngineAnswer:
     __slots__ = (
         "_body",
         "_call",
-        "_clock",
         "_ended",
-        "_event_bytes",
+        "_first_s",
+        "_forward",
         "_held",
         "_instance_id",
+        "_last_s",
+        "_now_s",
         "_saw_done",
         "_sink",
         "_splitter",
         "_started",
+        "_tokens",
         "_usage_bytes",
         "_wire",
         "headers",
@@ -111,7 +117,7 @@ class EngineAnswer:
         self._instance_id = instance_id
         self._wire = wire
         self._sink = sink
-        self._clock = clock
+        self._now_s = clock.now_s
         self._call: ClientCall | None = None
         self._ended = False
         self._started = False
@@ -121,6 +127,11 @@ class EngineAnswer:
         #: the last bytes in which usage was seen: parsed once, at the end
         self._usage_bytes = b""
         self._saw_done = False
+        #: takes whole chunks with their framing, where the sink has a use for that; set while a stream is under way
+        self._forward: Callable[[bytes, bytes], None] | None = None
+        #: tokens that have come and are not told yet, and when
+        self._tokens = 0
+        self._first_s = self._last_s = 0.0
         self.status = 0
         self.headers: Headers = ()
 
@@ -141,6 +152,7 @@ class EngineAnswer:
 
     def cancel(self) -> None:
         self._ended = True
+        self._forward = None
         call, self._call = self._call, None
         if call is not None:
             call.cancel()
@@ -170,6 +182,33 @@ class EngineAnswer:
             self._sink.chunk(data)
         else:
             self._hold(data)
+
+    def on_frame(self, frame: bytes, data: bytes) -> None:
+        """One chunk of the answer. Of a stream that has begun, whole events that say nothing special go on as they came."""
+        forward = self._forward
+        if (
+            forward is None
+            or data[-2:] != b"\n\n"
+            or b'"usage":{' in data
+            or b'"usage": {' in data
+            or b'"error"' in data
+            or b'"abort"' in data
+            or b"[DONE]" in data
+            or self._splitter.tail  # type: ignore[union-attr]
+        ):
+            self.on_body(data)
+            return
+        self._last_s = self._now_s()
+        self._tokens += data.count(b"data: {")
+        if self._tokens >= TOKENS_TOLD:
+            self._tell_tokens()
+        forward(frame, data)
+
+    def _tell_tokens(self) -> None:
+        if self._tokens:
+            count, self._tokens = self._tokens, 0
+            self._sink.tokens(count, self._first_s, self._last_s)
+            self._first_s = self._last_s
 
     def on_complete(self) -> None:
         if self._ended:
@@ -221,8 +260,13 @@ class EngineAnswer:
                 return
             if self._body:
                 whole, self._body = b"".join((*self._body, whole)), []
-        now_s = self._clock.now_s()
-        self._sink.tokens(events.count_tokens(whole), now_s, now_s)
+            self._first_s = self._last_s = self._now_s()
+            self._tokens = whole.count(b"data: {")
+            self._tell_tokens()  # the first one at once: it is awaited
+            self._forward = getattr(self._sink, "frame", None)
+        else:
+            self._last_s = self._now_s()
+            self._tokens += whole.count(b"data: {")
         self._sink.chunk(whole)
 
     @property
@@ -281,7 +325,9 @@ class EngineAnswer:
 
     def _finish(self, usage: Usage | None) -> None:
         if not self._ended:
+            self._tell_tokens()
             self._ended = True
+            self._forward = None
             self._call = None  # it refers back to us: without the circle both go at once
             self._sink.finished(EngineOutcome(usage))
 
@@ -289,7 +335,9 @@ class EngineAnswer:
         self._fail(InstanceFailed(message, instance_id=self._instance_id, sent=self._started))
 
     def _fail(self, error: InstanceFailed) -> None:
+        self._tell_tokens()
         self._ended = True
+        self._forward = None
         call, self._call = self._call, None
         if call is not None:
             call.cancel()

@@ -65,6 +65,7 @@ class ClientSink:
         "exchange",
         "explain",
         "extra_headers",
+        "frame",
         "gone",
         "job",
         "request_id",
@@ -97,6 +98,7 @@ class ClientSink:
         #: what has begun is an event stream, so that an error can be told inside it
         self._events = False
         self.chunk: Callable[[bytes], None] = exchange.write
+        self.frame: Callable[[bytes, bytes], None] | None = exchange.write_frame
         exchange.on_disconnect = self.client_left
 
     # ---- from the engine
@@ -198,6 +200,7 @@ class ClientSink:
         """Write nothing from now on, and hold nothing."""
         exchange, self.exchange = self.exchange, None
         self.chunk = _drop
+        self.frame = None
         self.job = None
         if exchange is not None:
             exchange.on_disconnect = exchange.on_pause = exchange.on_resume = None
@@ -214,6 +217,7 @@ class ResponsesSink(ClientSink):
         self._pieces_left = _SEARCHED_PIECES
         self._write = self.chunk
         self.chunk = self._watch
+        self.frame = None
 
     def let_go(self) -> None:
         super().let_go()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 
 import httptools
@@ -30,13 +31,19 @@ _IN_HEAD: Final = 1
 _IN_BODY: Final = 2
 _COMPLETE: Final = 3
 
+#: a chunk's size line of the usual kind is no longer
+_SIZE_LINE_BYTES: Final = 10
 _KEEP_ALIVE_TIMEOUT: Final = re.compile(rb"(?:^|[,;\s])timeout\s*=\s*(\d{1,9})", re.IGNORECASE)
 #: an announced keep-alive is left unused this long before its end, for bytes that cross on the way
 _KEEPALIVE_MARGIN_S: Final = 1.0
 
 
 class Receiver(Protocol):
-    """Where one answer goes: ``on_head`` once, ``on_body`` any number of times, then ``on_complete``; ``on_error`` ends it at any point."""
+    """Where one answer goes: ``on_head`` once, ``on_body`` any number of times, then ``on_complete``; ``on_error`` ends it at any point.
+
+    One that has ``on_frame(frame, data)`` too gets there what would come to ``on_body`` as ``data``, when it is one whole chunk of a
+    chunked body: ``frame`` is the same with its framing, in the one spelling that we write ourselves.
+    """
 
     def on_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
         """The final status and headers (names in lower case). Interim answers (1xx) are not reported."""
@@ -78,12 +85,18 @@ class _Deaf:
 _DEAF: Final = _Deaf()
 
 
+def _no_frame(frame: bytes, data: bytes) -> None:
+    """The receiver has no use for frames."""
+
+
 class ClientConnection(asyncio.Protocol):
     """Owned by an :class:`~control_plane.transport.client.HttpClient`; idle while it has no call."""
 
     __slots__ = (
+        "_at_chunk",
         "_barren_bytes",
         "_call",
+        "_chunk_done",
         "_chunk_s",
         "_client",
         "_deadline",
@@ -91,6 +104,7 @@ class ClientConnection(asyncio.Protocol):
         "_head_bytes",
         "_headers",
         "_interim",
+        "_on_frame",
         "_parser",
         "_progress",
         "_raw_head",
@@ -122,6 +136,11 @@ class ClientConnection(asyncio.Protocol):
         self._head_bytes = 0
         self._barren_bytes = 0
         self._chunk_s = NEVER_S
+        #: of a chunked body: the last chunk the parser saw is complete; and so what comes next begins one
+        self._chunk_done = False
+        self._at_chunk = False
+        #: takes whole chunks as they came, where the receiver has a use for that
+        self._on_frame: Callable[[bytes, bytes], None] = _no_frame
         #: the bytes of the head that is being parsed, where they came whole and alone
         self._raw_head = b""
         self.keepalive_s = client.limits.keepalive_s
@@ -136,6 +155,8 @@ class ClientConnection(asyncio.Protocol):
         """Send the call's request. The connection must be idle."""
         self._call = call
         self._receiver = call.receiver
+        self._on_frame = getattr(call.receiver, "on_frame", _no_frame)
+        self._at_chunk = self._chunk_done = False
         self._progress = _AWAITED
         self._reusable = True
         self._head_bytes = self._barren_bytes = 0
@@ -166,6 +187,8 @@ class ClientConnection(asyncio.Protocol):
         """Close at once, whatever is under way; the receiver hears nothing more."""
         self._call = None
         self._receiver = _DEAF
+        self._on_frame = _no_frame
+        self._at_chunk = False
         self._deadline.due_s = NEVER_S
         self.transport.abort()
 
@@ -183,13 +206,23 @@ class ClientConnection(asyncio.Protocol):
         self._client.opened(self)
 
     def data_received(self, data: bytes) -> None:
-        if self._progress != _IN_BODY or self._call is None:
+        call = self._call
+        if self._progress != _IN_BODY or call is None:
             if self._progress != _AWAITED or not self._receive_known(data):
                 self._receive_head(data)
             return
         due_s = self._time() + self._chunk_s
-        total_due_s = self._call.total_due_s
-        self._deadline.due_s = due_s if due_s < total_due_s else total_due_s
+        self._deadline.due_s = due_s if due_s < call.total_due_s else call.total_due_s
+        if self._at_chunk and data[-2:] == b"\r\n":
+            # one whole chunk, and nothing else, where the parser expects one: it need not see it
+            end = data.find(b"\r\n", 0, _SIZE_LINE_BYTES)
+            size = len(data) - end - 4
+            if size > 0 and data[:end] == b"%x" % size:
+                try:
+                    self._on_frame(data, data[end + 2 : -2])
+                except Exception as error:
+                    self._receiver_failed(error)
+                return
         self._grew = False
         try:
             self._parser.feed_data(data)
@@ -198,7 +231,9 @@ class ClientConnection(asyncio.Protocol):
             return
         if self._progress == _COMPLETE:
             self._release()
-        elif not self._grew:
+            return
+        self._at_chunk = self._chunk_done and self._on_frame is not _no_frame and data[-2:] == b"\r\n"
+        if not self._grew:
             self._bound_overhead(len(data))
 
     def _receive_known(self, data: bytes) -> bool:
@@ -289,6 +324,12 @@ class ClientConnection(asyncio.Protocol):
             self._reusable = False
             self._receiver = _DEAF
 
+    def on_chunk_header(self) -> None:
+        self._chunk_done = False
+
+    def on_chunk_complete(self) -> None:
+        self._chunk_done = True
+
     def on_body(self, data: bytes) -> None:
         self._grew = True
         self._receiver.on_body(data)
@@ -346,6 +387,7 @@ class ClientConnection(asyncio.Protocol):
             self._reusable = self._reusable and not rest
             self._release()
             return
+        self._at_chunk = self._chunk_done and self._on_frame is not _no_frame and not rest and data[-2:] == b"\r\n"
         self._head_bytes += len(data)
         self.set_limit()
         if self._progress == _IN_HEAD and self._head_bytes >= self._call_limit_bytes():
@@ -391,6 +433,8 @@ class ClientConnection(asyncio.Protocol):
         """The answer is complete: the connection is free before the receiver hears of it, who may want it for the next request."""
         call, self._call = self._call, None
         self._receiver = _DEAF
+        self._on_frame = _no_frame
+        self._at_chunk = False
         self._deadline.due_s = NEVER_S
         if call is None:
             return

@@ -175,6 +175,13 @@ class Exchange:
         else:
             self._write_unframed(data)
 
+    def write_frame(self, frame: bytes, data: bytes) -> None:
+        """:meth:`write` of ``data``, which ``frame`` holds framed as one chunk."""
+        if self._framing == _CHUNKED and not self._head:
+            self._connection.transport.write(frame)
+        else:
+            self.write(data)
+
     def end(self, data: bytes = b"") -> None:
         """Finish the body, with a last piece of it. An answer shorter than announced drops the connection."""
         framing = self._framing

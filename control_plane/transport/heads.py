@@ -62,7 +62,8 @@ class HeadMemory(Generic[H]):
 def cut_length(raw: bytes) -> tuple[bytes, int] | None:
     """(the head without the digits of its first ``content-length`` line, their value). None where there is no such plain line.
 
-    The cut can be undone: it stands behind the first such name in the result, so different heads do not become the same.
+    The cut can be undone: it stands behind the first such name in the result (in lower case, else with a capital), so different heads do
+    not become the same.
     """
     at = raw.find(_LENGTH)
     if at < 0:

@@ -88,6 +88,7 @@ def test_a_memory_changes_nothing(pieces: list[bytes]) -> None:
 
 
 @given(st.binary(max_size=60), st.binary(max_size=60))
+@example(b"ontent-Length: ", b"")
 @settings(max_examples=300, deadline=None)
 def test_different_heads_stay_different(before: bytes, behind: bytes) -> None:
     """The cut can be undone."""
@@ -95,7 +96,8 @@ def test_different_heads_stay_different(before: bytes, behind: bytes) -> None:
     found = cut_length(raw)
     if found is not None:
         cut, length = found
-        at = min(at for at in (cut.find(b"ontent-length: "), cut.find(b"ontent-Length: ")) if at >= 0) + 15
+        lower = cut.find(b"ontent-length: ")
+        at = (lower if lower >= 0 else cut.find(b"ontent-Length: ")) + 15
         assert any(raw == cut[:at] + b"0" * zeros + str(length).encode() + cut[at:] for zeros in range(15))
 
 
