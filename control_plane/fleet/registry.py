@@ -14,7 +14,7 @@ from control_plane.fleet.health import HealthMonitor
 from control_plane.fleet.in_flight import count_in, count_out, role_has_room
 from control_plane.fleet.outliers import Failure, classify
 from control_plane.fleet.record import LAST_RESORT, Cause, Record
-from control_plane.fleet.selection import ModelIndex, pick, roomy, sample
+from control_plane.fleet.selection import ModelIndex, free, pick, roomy, sample
 from control_plane.fleet.settings import HealthSettings
 from control_plane.fleet.status import Listener, StatusBook
 from control_plane.job import LaneKey
@@ -198,6 +198,10 @@ class Fleet:
     def with_room(self, lane: LaneKey, limit: int | None = None) -> list[ExecutionInstance]:
         """The eligible ones that can take another request now."""
         status = self._status
+        if limit is None and lane.plain and not (status.trials or status.suspects or status.busy):
+            found = free(self._index.serving(lane.model), lane.kind)
+            if found:
+                return found
         if status.trials or status.suspects or status.busy:
             found = self._choose(lane, None, room=False)
             if all(instance.instance_id in status.trials for instance in found):

@@ -87,8 +87,26 @@ def roomy(instances: list[ExecutionInstance]) -> list[ExecutionInstance]:
     ]
 
 
+def free(instances: list[ExecutionInstance], kind: RequestKind) -> list[ExecutionInstance]:
+    """``roomy(usable(...))`` in one pass, for every kind but ANY: what is asked for each request."""
+    healthy = HealthStatus.HEALTHY
+    return [
+        instance
+        for instance in instances
+        if instance.health_status == healthy
+        and instance.is_available
+        and (kind in supported if (supported := instance.supported_request_types) is not None else instance.can_do(kind))
+        and (
+            (instance.max_concurrent_requests is None and instance.learned_concurrency is None)
+            or instance.active_requests < instance.concurrency_limit
+        )
+    ]
+
+
 def pick(instances: list[ExecutionInstance], kind: RequestKind, room: bool) -> list[ExecutionInstance]:
     """The usable ones; with ``room``, only those below their cap."""
+    if room and kind is not RequestKind.ANY:
+        return free(instances, kind)
     found = usable(instances, kind)
     return roomy(found) if room else found
 
