@@ -3,6 +3,8 @@
 #   make demo        the quick start: a gateway over three simulated engines, a mixed load, one engine killed on the way
 #   make test        the tests, as the README runs them (no vLLM needed)
 #   make test-real   installs a real vLLM (CPU) and runs the tests against two of its servers
+#   make fuzz        any bytes against the server, the client's side and the reading of bodies, FUZZ_SECONDS each (300)
+#   make bench       what relaying costs, beside a bare relay, nginx and vllm-router (installs the last into an environment of its own)
 #   make check       ruff, mypy and the layers contract
 #   make wheel       builds the wheel, installs it into an environment of its own and tries it
 #   make clean       removes what the others made
@@ -14,7 +16,7 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-real check wheel clean
+.PHONY: help demo test test-real fuzz bench check wheel clean
 
 help:
 	@sed -n '3,$$ { /^#   /!q; s/^#   //p }' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +52,22 @@ test: $(VENV)/.installed-test
 test-real: $(VENV)/.installed-test
 	scripts/real_vllm/install.sh
 	cd tests/control_plane && $(BIN)/python -m pytest -v -m real --timeout 300 $(PYTEST_ARGS)
+
+FUZZ_SECONDS ?= 300
+fuzz: $(VENV)/.installed-test
+	@$(PIP) install atheris || echo "no atheris for this Python: seeds are changed at random instead"
+	$(BIN)/python tests/control_plane/fuzz/run.py --seconds $(FUZZ_SECONDS)
+
+BENCH_VENV := build/bench-venv
+$(BENCH_VENV)/.made:
+	@$(PYTHON) -m venv $(BENCH_VENV)
+	@$(BENCH_VENV)/bin/python -m pip --disable-pip-version-check --quiet install vllm-router==0.1.17
+	@touch $@
+
+bench: $(VENV)/.installed-dev $(BENCH_VENV)/.made
+	@command -v nginx /usr/sbin/nginx >/dev/null || { echo "make: nginx is missing (apt-get install nginx-light)" >&2; exit 1; }
+	VLLM_ROUTER=$(abspath $(BENCH_VENV))/bin/vllm-router $(BIN)/python benchmarks/gateway.py --json build/bench/gateway.json $(BENCH_ARGS)
+	$(BIN)/python benchmarks/decision.py
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
