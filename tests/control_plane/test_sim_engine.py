@@ -188,7 +188,7 @@ async def test_the_output_is_clipped_to_the_context(engine: SimEngine) -> None:
         ({"structured_outputs": {"regex": "[0-9]{3}"}}, "000"),
         ({"response_format": {"type": "json_object"}}, "{}"),
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object", "required": ["a"]}}}},
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object", "required": ["a"]}}}},
             '{"a":"text"}',
         ),
     ],
