@@ -56,6 +56,12 @@ def _model(value: Any) -> str:
     return str(value)
 
 
+def _salt(value: Any) -> str:
+    if not string(value):
+        raise refuse("string_too_short", "String should have at least 1 character", value, min_length=1)
+    return str(value)
+
+
 def _choice(value: Any) -> Any:
     found = model({"type": literal("auto", "any", "tool", "none"), "name": string}, "type")(value)
     if found["type"] == "tool" and not found.get("name"):
@@ -78,7 +84,7 @@ FIELDS: Final[dict[str, Check]] = {
     "tools": list_of(model({"name": string, "description": string, "input_schema": mapping}, "name", "input_schema")),
     "top_k": integer,
     "top_p": number,
-    "cache_salt": string,
+    "cache_salt": _salt,
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import msgspec
 
-from control_plane.sim_engine.checks import either, list_of, natural, string
+from control_plane.sim_engine.checks import Refused, either, list_of, model, natural, string
 from control_plane.sim_engine.errors import (
     MAX_TOKEN_CHARACTERS,
     ApiError,
@@ -19,6 +19,7 @@ from control_plane.sim_engine.errors import (
     too_many_characters,
     validation,
 )
+from control_plane.sim_engine.fields import unfit
 from control_plane.sim_engine.tokens import IM_END, IM_START, VOCABULARY_SIZE, Tokenizer
 
 #: vLLM tries a message as every kind it knows and reports them all; here only the first is
@@ -31,6 +32,9 @@ _INCOMPATIBLE: Final = (
 
 
 _MEDIA: Final = frozenset({"image_url", "input_audio", "video_url", "audio_url", "image", "input_image", "file"})
+_CALLS: Final = list_of(
+    model({"function": model({"name": string, "arguments": string}, "name", "arguments"), "type": string, "id": string}, "function")
+)
 _PROMPT: Final = either(list_of(natural), list_of(list_of(natural)), string, list_of(string))
 
 
@@ -43,9 +47,20 @@ def prompt_field(value: Any) -> Any:
     return _PROMPT(value)
 
 
+def _check_calls(calls: Any) -> None:
+    try:
+        _CALLS(calls or [])
+    except Refused as refused:
+        found = refused.findings[0]
+        _, number, *inside = found.place.split(".")
+        place = ".".join(("body", number, "ChatCompletionMessageFunctionToolCallParam", *inside[:1]))
+        raise unfit((found._replace(place=""),), place) from None
+
+
 def check_messages(messages: list[Any]) -> None:
-    """The parts of a chat's messages. (vLLM tells them as every kind of part that it knows; here the first.) Raises ApiError."""
+    """The parts and calls of a chat's messages. (vLLM tells them as every kind that it knows; here the first.) Raises ApiError."""
     for message in messages:
+        _check_calls(message.get("tool_calls") if isinstance(message, dict) else None)
         content = message.get("content") if isinstance(message, dict) else None
         for place, part in enumerate(content if isinstance(content, list) else ()):
             kind = part.get("type") if isinstance(part, dict) else None

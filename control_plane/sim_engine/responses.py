@@ -71,6 +71,7 @@ FIELDS: Final[dict[str, Check]] = {
     "service_tier": Firm(literal("auto", "default", "flex", "scale", "priority")),
     "store": boolean,
     "text": model({"format": model({"type": literal("text", "json_schema", "json_object")}, "type"), "verbosity": string}),
+    "tool_choice": Firm(either(literal("none", "auto", "required"), mapping)),
     "tools": Firm(list_of(_tool)),
     "top_logprobs": integer,
     "truncation": literal("auto", "disabled"),
