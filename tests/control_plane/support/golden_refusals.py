@@ -7,7 +7,7 @@ from typing import Any
 from golden_requests import _FLAT_TOOL as FLAT_TOOL
 from golden_requests import _HELLO as HELLO
 from golden_requests import _TOOL as TOOL
-from golden_requests import Case
+from golden_requests import MODEL, Case
 from golden_requests import _chat as chat
 from golden_requests import _message as message
 from golden_requests import _post as post
@@ -152,8 +152,8 @@ REFUSALS: tuple[Case, ...] = (
     *(message(name, **changes) for name, changes in _MESSAGES.items()),
     raw("chat_null", "/v1/chat/completions", b"null"),
     raw("chat_too_deep", "/v1/chat/completions", b"[" * 5000),
-    post("tokenize_number", "/tokenize", {"prompt": 5}),
-    post("detokenize_negative", "/detokenize", {"tokens": [-1]}),
-    post("detokenize_texts", "/detokenize", {"tokens": ["300"]}),
+    post("tokenize_number", "/tokenize", {"model": MODEL, "prompt": 5}),
+    post("detokenize_negative", "/detokenize", {"model": MODEL, "tokens": [-1]}),
+    post("detokenize_texts", "/detokenize", {"model": MODEL, "tokens": ["300"]}),
     post("slash_too_many", "/v1/completions/", {}),
 )
