@@ -97,7 +97,7 @@ async def test_cancelling_stops_the_engine(manager: ControlPlaneManager, servers
     request_id = await manager.submit_request(long_request())
     await eventually(lambda: request_id in manager.running_requests)
     await working(1, *servers)
-    assert await manager.cancel_request(request_id) is True
+    assert await manager.cancel_request(request_id) is True, await manager.get_request_status(request_id)
     await idle(*servers, seconds=3.0)
     assert (await manager.result(request_id)).state == "cancelled"
     assert await manager.cancel_request(request_id) is False

@@ -18,7 +18,7 @@ from contextlib import suppress
 
 @functools.cache
 def _guard() -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
 def guard(group: int) -> None:
