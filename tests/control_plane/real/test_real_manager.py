@@ -28,7 +28,7 @@ GREEDY = {"temperature": 0.0, "extra_body": {"ignore_eos": True}}
 
 
 def long_request(**fields: object) -> RequestMetadata:
-    """Some ten seconds of work if nobody stops it: as long as the context allows, since the engines' own counts come late on a busy machine."""
+    """Some ten seconds of work if nobody stops it. As long as the context allows: on a busy machine the engines' own counts come late."""
     return RequestMetadata(**{"prompt": "Once upon a time", "max_tokens": 4000, **GREEDY, **fields})  # type: ignore[arg-type]
 
 
