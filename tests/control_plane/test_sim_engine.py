@@ -186,6 +186,8 @@ async def test_the_output_is_clipped_to_the_context(engine: SimEngine) -> None:
     [
         ({"structured_outputs": {"choice": ["yes", "no"]}}, "yes"),
         ({"structured_outputs": {"regex": "[0-9]{3}"}}, "000"),
+        ({"structured_outputs": {"grammar": 'root ::= "yes"'}}, "yes"),
+        ({"structured_outputs": {"json": '{"enum": ["yes"]}'}}, '"yes"'),
         ({"response_format": {"type": "json_object"}}, "{}"),
         (
             {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object", "required": ["a"]}}}},
