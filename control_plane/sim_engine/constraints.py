@@ -47,8 +47,8 @@ def check_constraints(body: Body, parameter: str | None = None) -> None:
         raise invalid(message, "response_format")
     if kind == "structural_tag" and not (form.get("structures") or isinstance(form.get("format"), dict)):
         raise invalid("Invalid response_format structural_tag specification.", "response_format")
-    wanted = body.get("structured_outputs") or {}
-    if sum(wanted.get(name) is not None for name in ("json", "regex", "choice")) > 1:
+    wanted = body.get("structured_outputs")
+    if isinstance(wanted, dict) and sum(wanted.get(name) is not None for name in ("json", "regex", "choice")) > 1:
         raise invalid("You can only use one kind of constraints for structured outputs ('json', 'regex' or 'choice').", parameter)
 
 

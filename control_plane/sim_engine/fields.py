@@ -25,10 +25,20 @@ def parse(content_type: bytes | None, body: bytes) -> Body:
     parsed = _decode(body) if body else None
     if parsed is None:
         raise validation([_error("missing", "body", "Field required", None)])
+    if b"\\u" in body:
+        _check_characters(parsed)
     if not isinstance(parsed, dict):
         message = "Input should be a valid dictionary or object to extract fields from"
         raise validation([_error("model_attributes_type", "body", message, parsed)])
     return parsed
+
+
+def _check_characters(parsed: Any) -> None:
+    """Raises ApiError for half a character (a lone surrogate): no answer could repeat it, and no tokenizer of vLLM's takes it."""
+    try:
+        msgspec.json.encode(parsed)
+    except UnicodeEncodeError:
+        raise ApiError(400, "TextEncodeInput must be Union[TextInputSequence, Tuple[InputSequence, InputSequence]]") from None
 
 
 def _decode(body: bytes) -> Any:

@@ -9,6 +9,7 @@ import msgspec
 from control_plane.sim_engine.checks import (
     Check,
     Finding,
+    between,
     boolean,
     either,
     integer,
@@ -81,6 +82,7 @@ FIELDS: Final[dict[str, Check]] = {
     "system": _TEXT,
     "temperature": number,
     "tool_choice": _choice,
+    "thinking": model({"type": literal("enabled", "disabled", "adaptive"), "budget_tokens": between(integer, 1024)}, "type"),
     "tools": list_of(model({"name": string, "description": string, "input_schema": mapping}, "name", "input_schema")),
     "top_k": integer,
     "top_p": number,

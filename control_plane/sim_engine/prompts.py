@@ -136,10 +136,6 @@ class Prompts:
     def _encode(self, text: str) -> list[int]:
         if len(text) > self._context * MAX_TOKEN_CHARACTERS:
             raise too_many_characters(self._context, len(text))
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise refused_by_engine("TextEncodeInput must be Union[TextInputSequence, Tuple[InputSequence, InputSequence]]") from None
         return self._tokenizer.encode(text)
 
     def completion(self, prompt: Any) -> list[list[int]]:
