@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from control_plane.sim_engine.checks import EFFORT, SAMPLING, TOOL, Check, Firm, boolean, integer, list_of, listing, mapping
 from control_plane.sim_engine.choices import Choice
-from control_plane.sim_engine.errors import invalid
-from control_plane.sim_engine.fields import SAMPLING, Body, boolean, check, integer, listing, parse
+from control_plane.sim_engine.constraints import check_constraints, forced_text, response_format
+from control_plane.sim_engine.errors import ApiError, invalid
+from control_plane.sim_engine.fields import Body, check, check_salt, parse
 from control_plane.sim_engine.logprobs import chat_logprobs, prompt_logprobs
-from control_plane.sim_engine.params import forced_text, options
+from control_plane.sim_engine.params import check_logprobs, check_max_tokens, options
+from control_plane.sim_engine.prompts import check_messages
 from control_plane.sim_engine.replies import Json, Reply, StreamReply, sse
 from control_plane.sim_engine.tools import ToolCall, chosen_tool
 from control_plane.sim_engine.words import Generation
@@ -19,15 +22,19 @@ if TYPE_CHECKING:
     from control_plane.sim_engine.engine import SimEngine
     from control_plane.transport import Exchange
 
-FIELDS: Final = {
-    **SAMPLING,
+FIELDS: Final[dict[str, Check]] = {
     "messages": listing,
+    **SAMPLING,
     "logprobs": boolean,
     "top_logprobs": integer,
     "max_completion_tokens": integer,
-    "tools": listing,
-    "add_generation_prompt": boolean,
-    "continue_final_message": boolean,
+    "response_format": response_format,
+    "tools": list_of(TOOL),
+    "reasoning_effort": EFFORT,
+    "echo": Firm(boolean),
+    "add_generation_prompt": Firm(boolean),
+    "continue_final_message": Firm(boolean),
+    "chat_template_kwargs": mapping,
 }
 
 
@@ -36,20 +43,29 @@ def chat_completions(engine: SimEngine, exchange: Exchange) -> None:
     body = parse(exchange.header(b"content-type"), exchange.body)
     if body.get("continue_final_message") and body.get("add_generation_prompt"):
         raise invalid("Cannot set both `continue_final_message` and `add_generation_prompt` to True.")
-    forced = forced_text(body)
-    tool = chosen_tool(body, forced)
+    check_salt(body)
+    check_constraints(body)
     _check_logprobs(body)
     stream_options_without_stream(body)
     body = check(body, FIELDS, ("messages",))
+    check_messages(body["messages"])
+    chosen_tool(body)
     engine.check_model(body)
-    start_chat(engine, exchange, body, forced, tool)
+    try:
+        _start(engine, exchange, body)
+    except ApiError as refused:
+        if not (refused.late and body.get("stream")):
+            raise
+        engine.refuse_in_stream(exchange, refused)
 
 
-def start_chat(engine: SimEngine, exchange: Exchange, body: Body, forced: str | None, tool: ToolCall | None) -> None:
+def _start(engine: SimEngine, exchange: Exchange, body: Body) -> None:
+    if body.get("chat_template") is not None:
+        message = "Chat template is passed with request, but --trust-request-chat-template is not set."
+        raise invalid(f"{message} Refused request with untrusted chat template.")
     logprobs = None
     if body.get("logprobs"):
         logprobs = body.get("top_logprobs") or 0
-    wanted = options(body, logprobs=logprobs)
     tools = body.get("tools")
     prompt = engine.prompts.chat(
         body["messages"],
@@ -57,13 +73,19 @@ def start_chat(engine: SimEngine, exchange: Exchange, body: Body, forced: str | 
         generation=body.get("add_generation_prompt", True) is not False,
         continued=bool(body.get("continue_final_message")),
     )
+    name = "max_tokens" if body.get("max_completion_tokens") is None else "max_completion_tokens"
+    limit = body.get(name)
+    check_max_tokens(limit, engine.context, name)
     prompt = engine.truncate(prompt, body)
-    limit = body.get("max_completion_tokens")
-    limit = body.get("max_tokens") if limit is None else limit
+    forced = forced_text(body)
+    tool = chosen_tool(body, forced)
     sampling = engine.sampling(body, prompt, limit, tool.text if tool else forced)
+    wanted = options(body, logprobs=logprobs)
     request_id = "chatcmpl-" + engine.request_id(exchange, body)
     reply = (ChatStream if wanted.stream else ChatReply)(engine, exchange, request_id, wanted)
     reply.tool = tool
+    if not body.get("add_generation_prompt", True):
+        reply.role = str(body["messages"][-1]["role"])
     if wanted.echo:
         reply.echoed = _last_text(body["messages"])
     reply.start(engine.choices(reply, [prompt], sampling, wanted))
@@ -75,14 +97,8 @@ def stream_options_without_stream(body: Body) -> None:
 
 
 def _check_logprobs(body: Body) -> None:
-    top = body.get("top_logprobs")
-    if top is None:
-        return
-    if not isinstance(top, (int, float)):
-        raise invalid("`top_logprobs` must be an integer.", "top_logprobs", top)
-    if top < -1:
-        raise invalid("`top_logprobs` must be a positive value or -1.", "top_logprobs", top)
-    if top and not body.get("logprobs"):
+    check_logprobs(body, "prompt_logprobs", "top_logprobs")
+    if body.get("top_logprobs") and not body.get("logprobs"):
         raise invalid("when using `top_logprobs`, `logprobs` must be set to true.", "top_logprobs")
 
 
@@ -94,7 +110,9 @@ def _last_text(messages: list[Any]) -> str:
 
 def usage(reply: Reply) -> Json:
     prompt, completion = reply.prompt_tokens, reply.completion_tokens
-    details = {"cached_tokens": reply.cached_tokens, "created_cache_tokens": reply.written_tokens, "multimodal_tokens": None}
+    details: Json | None = {"cached_tokens": reply.cached_tokens, "created_cache_tokens": reply.written_tokens, "multimodal_tokens": None}
+    if reply.options.beams:
+        details = None
     return {
         "prompt_tokens": prompt,
         "total_tokens": prompt + completion,
@@ -107,13 +125,15 @@ def usage(reply: Reply) -> Json:
 class ChatReply(Reply):
     """The unary answer."""
 
-    __slots__ = ("echoed", "tool")
+    __slots__ = ("echoed", "role", "tool")
 
+    role: str
     tool: ToolCall | None
     echoed: str
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.role = "assistant"
         self.tool = None
         self.echoed = ""
 
@@ -143,7 +163,7 @@ class ChatReply(Reply):
         tokenizer, options = self.engine.tokenizer, self.options
         called = self.tool if generation.finish_reason == "stop" else None
         message: Json = {
-            "role": "assistant",
+            "role": self.role,
             "content": called.content if called else self.echoed + generation.text(tokenizer),
             "refusal": None,
             "annotations": None,
@@ -168,13 +188,15 @@ class ChatReply(Reply):
 class ChatStream(StreamReply):
     """The answer as events."""
 
-    __slots__ = ("_frame", "_greeted", "echoed", "tool")
+    __slots__ = ("_frame", "_greeted", "echoed", "role", "tool")
 
+    role: str
     tool: ToolCall | None
     echoed: str
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
+        self.role = "assistant"
         self.tool = None
         self.echoed = ""
         self._greeted = False
@@ -209,7 +231,7 @@ class ChatStream(StreamReply):
         prompt_ids = self.choices[0].prompt_ids if self.options.return_token_ids else None
         data = b""
         for choice in self.choices:
-            body = {"index": choice.index, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+            body = {"index": choice.index, "delta": {"role": self.role, "content": ""}, "logprobs": None, "finish_reason": None}
             event = {**self._frame, "choices": [body], **self._usage(0), "prompt_token_ids": prompt_ids, "prompt_text": None}
             data += sse(event)
         if self.echoed:

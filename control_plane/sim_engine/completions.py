@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Any, Final
 import msgspec
 
 from control_plane.sim_engine.chat import stream_options_without_stream
+from control_plane.sim_engine.checks import SAMPLING, Check, Firm, integer, string
 from control_plane.sim_engine.choices import Choice
+from control_plane.sim_engine.constraints import check_constraints, forced_text, response_format
 from control_plane.sim_engine.errors import ApiError, invalid
-from control_plane.sim_engine.fields import SAMPLING, Body, check, integer, parse
+from control_plane.sim_engine.fields import Body, check, check_salt, parse
 from control_plane.sim_engine.logprobs import completion_logprobs, prompt_logprobs
-from control_plane.sim_engine.params import DEFAULT_COMPLETION_TOKENS, MAX_PROMPTS, forced_text, options
+from control_plane.sim_engine.params import DEFAULT_COMPLETION_TOKENS, MAX_PROMPTS, check_logprobs, check_max_tokens, options
+from control_plane.sim_engine.prompts import prompt_field
 from control_plane.sim_engine.replies import Json, Reply, StreamReply, sse
 from control_plane.sim_engine.words import Generation
 
@@ -19,35 +22,56 @@ if TYPE_CHECKING:
     from control_plane.sim_engine.engine import SimEngine
     from control_plane.transport import Exchange
 
-FIELDS: Final = {**SAMPLING, "logprobs": integer}
+FIELDS: Final[dict[str, Check]] = {
+    "model": string,
+    "prompt": prompt_field,
+    **SAMPLING,
+    "logprobs": integer,
+    "n": Firm(integer),
+    "response_format": response_format,
+    "suffix": string,
+}
 
 
 def completions(engine: SimEngine, exchange: Exchange) -> None:
     """Raises ApiError or PlainError."""
     body = parse(exchange.header(b"content-type"), exchange.body)
     stream_options_without_stream(body)
+    check_salt(body)
+    check_constraints(body, "structured_outputs")
     _check_logprobs(body)
-    forced = forced_text(body)
     if body.get("prompt") in (None, "") and not body.get("prompt_embeds"):
         raise invalid("Either prompt or prompt_embeds must be provided and non-empty.", "prompt")
     _check_prompt_count(body.get("prompt"))
     body = check(body, FIELDS)
     engine.check_model(body)
-    if body.get("suffix"):
+    try:
+        _start(engine, exchange, body)
+    except ApiError as refused:
+        if not (refused.late and body.get("stream")):
+            raise
+        engine.refuse_in_stream(exchange, refused)
+
+
+def _start(engine: SimEngine, exchange: Exchange, body: Body) -> None:
+    if body.get("suffix") is not None:
         raise ApiError(400, "suffix is only supported for models with FIM completion rendering", param="suffix")
+    if body.get("use_beam_search") and body.get("stream"):
+        raise ApiError(400, "Streaming is not currently supported with beam search")
     if body.get("prompt_embeds"):
         raise invalid("You must set `--enable-prompt-embeds` to input `prompt_embeds`.", "prompt_embeds")
-    prompts = [engine.truncate(prompt, body) for prompt in engine.prompts.completion(body.get("prompt"))]
-    wanted = options(body, logprobs=body.get("logprobs"))
     limit = body.get("max_tokens")
     limit = DEFAULT_COMPLETION_TOKENS if limit is None else limit
+    check_max_tokens(limit, engine.context, "max_tokens")
+    prompts = [engine.truncate(prompt, body) for prompt in engine.prompts.completion(body.get("prompt"))]
+    forced = forced_text(body)
+    wanted = options(body, logprobs=body.get("logprobs"))
     only_echo = wanted.echo and limit == 0
     longest = max(prompts, key=len)
     sampling = engine.sampling(body, longest, 1 if only_echo else limit, forced)
     request_id = "cmpl-" + engine.request_id(exchange, body)
     reply = (CompletionStream if wanted.stream else CompletionReply)(engine, exchange, request_id, wanted)
     reply.only_echo = only_echo
-    reply.beams = bool(body.get("use_beam_search"))
     reply.start(engine.choices(reply, prompts, sampling, wanted))
 
 
@@ -58,23 +82,23 @@ def _check_prompt_count(prompt: Any) -> None:
 
 
 def _check_logprobs(body: Body) -> None:
-    logprobs = body.get("logprobs")
-    if isinstance(logprobs, int) and not isinstance(logprobs, bool) and logprobs < -1:
-        raise invalid("`logprobs` must be a positive value or -1.", "logprobs", logprobs)
+    if body.get("use_beam_search") and body.get("echo") and body.get("logprobs") is not None:
+        message = "`echo` with `logprobs` is not supported with beam search because beam search does not compute prompt logprobs."
+        raise invalid(message, "echo")
+    check_logprobs(body, "prompt_logprobs", "logprobs")
 
 
 class CompletionReply(Reply):
     """The unary answer."""
 
-    __slots__ = ("beams", "only_echo")
+    __slots__ = ("only_echo",)
 
-    beams: bool
     only_echo: bool
 
     def body(self) -> Json:
         prompt, completion = self.prompt_tokens, self.completion_tokens
         details: Json | None = {"cached_tokens": self.cached_tokens, "created_cache_tokens": None, "multimodal_tokens": None}
-        if self.beams:
+        if self.options.beams:
             details = None
         return {
             "id": self.id,
@@ -105,8 +129,9 @@ class CompletionReply(Reply):
             text = tokenizer.decode(choice.prompt_ids) + text
         logprobs = None
         if options.logprobs is not None:
-            ids = [*choice.prompt_ids, *generation.ids] if options.echo else generation.ids
-            logprobs = completion_logprobs(tokenizer, ids, 0, 0, options.logprobs)
+            echoed = choice.prompt_ids if options.echo else ()
+            ids = [] if self.only_echo else generation.ids
+            logprobs = completion_logprobs(tokenizer, ids, 0, 0, options.logprobs, echoed)
         wants_prompt = options.prompt_logprobs is not None
         return {
             "index": choice.index,
@@ -124,9 +149,8 @@ class CompletionReply(Reply):
 class CompletionStream(StreamReply):
     """The answer as events."""
 
-    __slots__ = ("_frame", "beams", "only_echo")
+    __slots__ = ("_frame", "only_echo")
 
-    beams: bool
     only_echo: bool
 
     def __init__(self, *args: Any) -> None:
@@ -141,12 +165,12 @@ class CompletionStream(StreamReply):
     def events(self, choice: Choice, generation: Generation, text: str, first: int, count: int, last: bool) -> bytes:
         options, tokenizer = self.options, self.engine.tokenizer
         shown = "" if self.only_echo else text
-        if options.echo and not first:
-            shown = tokenizer.decode(choice.prompt_ids) + shown
-        ids = generation.ids[first:count]
+        echoed = choice.prompt_ids if options.echo and not first else ()
+        shown = tokenizer.decode(echoed) + shown
+        ids = [] if self.only_echo else generation.ids[first:count]
         logprobs = None
         if options.logprobs is not None:
-            logprobs = completion_logprobs(tokenizer, ids, first, choice.chars_sent, options.logprobs)
+            logprobs = completion_logprobs(tokenizer, ids, first, choice.chars_sent, options.logprobs, echoed)
         body = {
             "index": choice.index,
             "text": shown,

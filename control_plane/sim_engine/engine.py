@@ -18,7 +18,7 @@ from control_plane.errors import ConfigurationError
 from control_plane.roofline import EngineProfile
 from control_plane.roofline import profile as named_profile
 from control_plane.sim_engine.choices import Choice
-from control_plane.sim_engine.errors import ApiError, PlainError, too_long, unknown_model
+from control_plane.sim_engine.errors import ApiError, Moved, PlainError, invalid, refused_by_engine, too_long, unknown_model
 from control_plane.sim_engine.fields import Body
 from control_plane.sim_engine.metrics import EngineMetrics
 from control_plane.sim_engine.params import Options, check_sequences, sampling
@@ -217,6 +217,10 @@ class SimEngine:
                 exchange.abort()
             else:
                 exchange.respond(status, self.headers(b"application/json"), error.body())
+        except Moved as moved:
+            status = moved.status
+            host = exchange.header(b"host") or b""
+            exchange.respond(status, [*self.headers(None), (b"location", b"http://%b%b" % (host, moved.path.encode()))], b"")
         except PlainError as plain:
             status = plain.status
             exchange.respond(status, [*self.headers(b"application/json"), *plain.headers], plain.body())
@@ -265,12 +269,19 @@ class SimEngine:
         waiting, usage = float(self.model.waiting), self.model.kv_usage
         if wanted.strip().lower() == b"json":
             report = f'JSON {{"named_metrics": {{"num_requests_waiting": {waiting}, "kv_cache_usage_perc": {usage}}}}}'
+        elif wanted.strip().lower() != b"text":
+            return []
         else:
             report = f"TEXT named_metrics.num_requests_waiting={waiting}, named_metrics.kv_cache_usage_perc={usage}"
         return [(b"endpoint-load-metrics", report.encode())]
 
     def respond_json(self, exchange: Exchange, body: object, extra: Sequence[Header] = ()) -> None:
         exchange.respond(200, [*self.headers(b"application/json"), *extra], msgspec.json.encode(body))
+
+    def refuse_in_stream(self, exchange: Exchange, refused: ApiError) -> None:
+        """What vLLM's engine refuses once the stream has begun: status 200, and the error is an event."""
+        exchange.start(200, self.stream_headers())
+        exchange.end(refused.event() + b"data: [DONE]\n\n")
 
     def check_model(self, body: Body) -> None:
         """Raises ApiError when another model than the one served is asked for. None is fine, as in vLLM."""
@@ -279,18 +290,23 @@ class SimEngine:
             raise unknown_model(model, self.model_name if self.kind == "generate" else None)
 
     def truncate(self, prompt: list[int], body: Body) -> list[int]:
-        """The last ``truncate_prompt_tokens`` tokens; -1: as many as the context holds."""
+        """The last ``truncate_prompt_tokens`` tokens; -1: as many as leave room for an answer. Raises ApiError."""
         keep = body.get("truncate_prompt_tokens")
-        if keep is None:
-            return prompt
-        return prompt[-(self.context if keep < 0 else keep) :]
+        if keep is not None:
+            if keep > self.context:
+                message = f"truncate_prompt_tokens={keep} cannot be greater than max_model_len = {self.context}."
+                raise invalid(f"{message} Please request a smaller truncation size.", "truncate_prompt_tokens", keep)
+            prompt = prompt[max(0, len(prompt) - (self.context - 1 if keep < 0 else keep)) :]
+        if not prompt:
+            raise refused_by_engine("The decoder prompt cannot be empty")
+        return prompt
 
     def sampling(self, body: Body, prompt: Sequence[int], max_tokens: int | None, forced: str | None) -> Sampling:
         """Raises ApiError."""
         room = self.context - len(prompt)
         if room < 0:
             raise too_long(self.context)
-        return sampling(body, max_tokens=max_tokens, room=room, context=self.context, tokenizer=self.tokenizer, forced=forced)
+        return sampling(body, max_tokens=max_tokens, room=room, tokenizer=self.tokenizer, forced=forced)
 
     def choices(self, reply: Reply, prompts: Sequence[Sequence[int]], wanted: Sampling, options: Options) -> list[Choice]:
         """The sequences of a request: ``n`` for each prompt. Raises ApiError when they are too many."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -17,6 +18,8 @@ class ApiError(Exception):
 
     def __init__(self, status: int, message: str, *, kind: str | None = None, param: str | None = None, parsing: bool = False) -> None:
         super().__init__(message)
+        #: found by vLLM's engine, when a stream has begun: then it is an event of that
+        self.late = False
         self.status = status
         self.message = message
         self.kind = kind or _STATUS_TYPES.get(status, "InternalServerError")
@@ -25,8 +28,14 @@ class ApiError(Exception):
         self.parsing = parsing
 
     def body(self) -> bytes:
-        error = {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}
-        return msgspec.json.encode({"error": error})
+        return msgspec.json.encode(self._told())
+
+    def event(self) -> bytes:
+        """As the only event of a stream; Python's own encoder writes it in vLLM, with blanks."""
+        return b"data: %b\n\n" % json.dumps(self._told()).encode()
+
+    def _told(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.status}}
 
     def anthropic(self) -> bytes:
         if self.parsing:
@@ -47,12 +56,27 @@ class PlainError(Exception):
         return msgspec.json.encode({"detail": self.detail})
 
 
+class Moved(PlainError):
+    """A path with a slash too many: Starlette sends to the one without."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(307, "")
+        self.path = path
+
+
 def invalid(message: str, parameter: str | None = None, value: object = None) -> ApiError:
     """A value that vLLM refuses after parsing (its VLLMValidationError)."""
     if parameter is not None:
         shown = f", value={value}" if value is not None else ""
         message = f"{message} (parameter={parameter}{shown})"
     return ApiError(400, message, param=parameter)
+
+
+def refused_by_engine(message: str, parameter: str | None = None, value: object = None) -> ApiError:
+    """The same, found only by the engine behind vLLM's server."""
+    error = invalid(message, parameter, value)
+    error.late = True
+    return error
 
 
 def unknown_model(model: str, served: str | None) -> ApiError:

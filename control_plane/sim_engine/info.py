@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
 
-from control_plane.sim_engine.errors import shown, validation
-from control_plane.sim_engine.fields import boolean, check, listing, parse, string
+from control_plane.sim_engine.checks import Check, Firm, Refused, boolean, checked, list_of, listing, natural, string
+from control_plane.sim_engine.fields import check, parse, unfit
+from control_plane.sim_engine.prompts import check_messages
 
 if TYPE_CHECKING:
     from control_plane.sim_engine.engine import SimEngine
     from control_plane.transport import Exchange
 
+_OF_PROMPT: Final = {"model": string, "prompt": string, "return_token_strs": boolean}
+_OF_CHAT: Final[dict[str, Check]] = {
+    "model": string,
+    "messages": listing,
+    "return_token_strs": boolean,
+    "add_generation_prompt": Firm(boolean),
+    "continue_final_message": Firm(boolean),
+}
 METRICS_TYPE: Final = b"text/plain; version=1.0.0; charset=utf-8"
 
 
@@ -25,6 +34,11 @@ def version(engine: SimEngine, exchange: Exchange) -> None:
 def load(engine: SimEngine, exchange: Exchange) -> None:
     """Always 0, as in vLLM without ``--enable-server-load-tracking``."""
     engine.respond_json(exchange, {"server_load": 0})
+
+
+def event_sources(engine: SimEngine, exchange: Exchange) -> None:
+    """None, as in vLLM without ``--kv-events-config``."""
+    engine.respond_json(exchange, {})
 
 
 def metrics(engine: SimEngine, exchange: Exchange) -> None:
@@ -65,18 +79,23 @@ def models(engine: SimEngine, exchange: Exchange) -> None:
 def tokenize(engine: SimEngine, exchange: Exchange) -> None:
     """Raises ApiError or PlainError."""
     body = parse(exchange.header(b"content-type"), exchange.body)
-    if "prompt" not in body and "messages" not in body:
-        fields = ("prompt", "messages")
-        text = shown(body)
-        raise validation([{"type": "missing", "loc": f"body.{name}", "msg": "Field required", "input": text} for name in fields])
-    checks = {"model": string, "prompt": string, "messages": listing, "return_token_strs": boolean, "add_generation_prompt": boolean}
-    body = check(body, checks)
+    try:
+        body = checked(body, _OF_PROMPT, ("prompt",))
+        of_chat = False
+    except Refused as first:
+        try:
+            body = checked(body, _OF_CHAT, ("messages",))
+            of_chat = True
+        except Refused as second:
+            raise unfit(first.findings + second.findings) from None
     engine.check_model(body)
-    if "prompt" in body:
+    if not of_chat:
         tokens = engine.tokenizer.encode(body["prompt"])
     else:
-        generation = body.get("add_generation_prompt", True) is not False
-        tokens = engine.prompts.chat(body["messages"], body.get("tools"), generation=generation)
+        check_messages(body["messages"])
+        generation = body.get("add_generation_prompt", True)
+        continued = bool(body.get("continue_final_message"))
+        tokens = engine.prompts.chat(body["messages"], body.get("tools"), generation=generation, continued=continued)
     texts = [engine.tokenizer.piece(token).replace(" ", "Ġ").replace("\n", "Ċ") for token in tokens]
     answer: dict[str, Any] = {"count": len(tokens), "max_model_len": engine.context, "tokens": tokens}
     answer["token_strs"] = texts if body.get("return_token_strs") else None
@@ -85,6 +104,6 @@ def tokenize(engine: SimEngine, exchange: Exchange) -> None:
 
 def detokenize(engine: SimEngine, exchange: Exchange) -> None:
     """Raises ApiError or PlainError."""
-    body = check(parse(exchange.header(b"content-type"), exchange.body), {"model": string, "tokens": listing}, ("tokens",))
+    body = check(parse(exchange.header(b"content-type"), exchange.body), {"model": string, "tokens": list_of(natural)}, ("tokens",))
     engine.check_model(body)
     engine.respond_json(exchange, {"prompt": engine.tokenizer.decode(body["tokens"])})

@@ -7,13 +7,14 @@ from typing import Any, Final
 
 import msgspec
 
-from control_plane.sim_engine.errors import invalid
+from control_plane.sim_engine.errors import refused_by_engine
 
 try:  # the parser of re has been renamed between Python versions
     from re import _parser as _regex  # type: ignore[attr-defined]
 except ImportError:  # pragma: no cover
     import sre_parse as _regex
 
+_KINDS: Final = frozenset({"object", "array", "string", "integer", "number", "boolean", "null"})
 _MAX_DEPTH: Final = 16
 _MAX_VALUES: Final = 10_000
 #: characters that one repetition in a pattern may make
@@ -56,6 +57,8 @@ class _Builder:
         kind = schema.get("type", "object" if "properties" in schema else None)
         if isinstance(kind, list):
             kind = kind[0]
+        if kind is not None and kind not in _KINDS:
+            raise refused_by_engine(f"Grammar error: Invalid type: {kind}")
         if kind == "object":
             properties = schema.get("properties", {})
             return {name: self.build(properties.get(name, {}), depth + 1) for name in schema.get("required", ())}
@@ -88,7 +91,7 @@ def match(pattern: str) -> str:
     try:
         parsed = _regex.parse(pattern)
     except re.error as error:
-        raise invalid(f'Grammar error: invalid regex "{pattern}" (in regex): {error}') from None
+        raise refused_by_engine(f'Grammar error: invalid regex "{pattern}" (in regex): {error}') from None
     return _match(parsed)
 
 

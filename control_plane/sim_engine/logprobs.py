@@ -31,15 +31,16 @@ def chat_logprobs(tokenizer: Tokenizer, tokens: Sequence[int], first: int, top: 
     return {"content": content}
 
 
-def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[int], first: int, offset: int, top: int) -> Json:
-    """``offset``: characters of output before the first of these tokens."""
+def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[int], first: int, offset: int, top: int, echoed: Sequence[int] = ()) -> Json:
+    """``offset``: characters of output before the first of these tokens. ``echoed``: the prompt's, whose first has no probability."""
     offsets, logprobs, texts, tops = [], [], [], []
-    for place, token in enumerate(tokens, first):
+    for place, token in enumerate([*echoed, *tokens], first):
         ranked = _ranked(tokenizer, token, place, max(1, top))
         offsets.append(offset)
-        logprobs.append(ranked[0][1])
+        known = not echoed or len(offsets) > 1
+        logprobs.append(ranked[0][1] if known else None)
         texts.append(ranked[0][0])
-        tops.append(dict(ranked[: max(1, top)]))
+        tops.append(dict(ranked[: max(1, top)]) if known else None)
         offset += len(ranked[0][0])
     return {"text_offset": offsets, "token_logprobs": logprobs, "tokens": texts, "top_logprobs": tops}
 

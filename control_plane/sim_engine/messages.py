@@ -6,9 +6,25 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from control_plane.sim_engine.checks import (
+    Check,
+    Finding,
+    between,
+    boolean,
+    either,
+    integer,
+    list_of,
+    literal,
+    mapping,
+    model,
+    number,
+    refuse,
+    string,
+)
 from control_plane.sim_engine.choices import Choice
-from control_plane.sim_engine.fields import Body, boolean, check, integer, listing, mapping, number, parse, positive, string, string_or_list
-from control_plane.sim_engine.params import options
+from control_plane.sim_engine.errors import ApiError
+from control_plane.sim_engine.fields import Body, check, parse, unfit
+from control_plane.sim_engine.params import check_max_tokens, options
 from control_plane.sim_engine.replies import Json, Reply, StreamReply, named_sse
 from control_plane.sim_engine.tools import ToolCall, chosen_tool
 from control_plane.sim_engine.words import Generation
@@ -17,28 +33,70 @@ if TYPE_CHECKING:
     from control_plane.sim_engine.engine import SimEngine
     from control_plane.transport import Exchange
 
-FIELDS: Final = {
-    "model": string,
-    "messages": listing,
-    "max_tokens": positive,
+_BLOCK: Final = literal(
+    "text", "image", "tool_use", "tool_result", "tool_reference", "thinking", "redacted_thinking", "tool_addition", "tool_removal"
+)
+_TEXT: Final = either(string, list_of(model({"type": _BLOCK, "text": string}, "type")))
+
+
+def _wrong(message: str, value: Any) -> Exception:
+    """A finding of one of vLLM's own validators."""
+    return refuse("value_error", f"Value error, {message}", value, error=ValueError(message))
+
+
+def _positive(value: Any) -> int:
+    found = integer(value)
+    if found < 1:
+        raise _wrong("max_tokens must be positive", value)
+    return found
+
+
+def _model(value: Any) -> str:
+    if not string(value):
+        raise _wrong("Model is required", value)
+    return str(value)
+
+
+def _salt(value: Any) -> str:
+    if not string(value):
+        raise refuse("string_too_short", "String should have at least 1 character", value, min_length=1)
+    return str(value)
+
+
+def _choice(value: Any) -> Any:
+    found = model({"type": literal("auto", "any", "tool", "none"), "name": string}, "type")(value)
+    if found["type"] == "tool" and not found.get("name"):
+        raise _wrong("tool_choice.name is required when type is 'tool'", value)
+    return found
+
+
+FIELDS: Final[dict[str, Check]] = {
+    "model": _model,
+    "messages": list_of(
+        model({"role": literal("user", "assistant", "system"), "content": _TEXT}, "role", "content"),
+    ),
+    "max_tokens": _positive,
     "metadata": mapping,
-    "stop_sequences": listing,
+    "stop_sequences": list_of(string, most=4),
     "stream": boolean,
-    "system": string_or_list,
+    "system": _TEXT,
     "temperature": number,
-    "tool_choice": mapping,
-    "tools": listing,
+    "tool_choice": _choice,
+    "thinking": model({"type": literal("enabled", "disabled", "adaptive"), "budget_tokens": between(integer, 1024)}, "type"),
+    "tools": list_of(model({"name": string, "description": string, "input_schema": mapping}, "name", "input_schema")),
     "top_k": integer,
     "top_p": number,
-    "cache_salt": string,
+    "cache_salt": _salt,
 }
 
 
 def messages(engine: SimEngine, exchange: Exchange) -> None:
     """Raises ApiError or PlainError."""
     body = check(parse(exchange.header(b"content-type"), exchange.body), FIELDS, ("model", "messages", "max_tokens"))
+    _check_thinking(body)
     engine.check_model(body)
     chat = _as_chat(body)
+    check_max_tokens(body["max_tokens"], engine.context, "max_completion_tokens")
     tool = chosen_tool(chat)
     wanted = options(chat, logprobs=None)
     prompt = engine.prompts.chat(chat["messages"], chat.get("tools"))
@@ -47,6 +105,13 @@ def messages(engine: SimEngine, exchange: Exchange) -> None:
     reply = (MessagesStream if wanted.stream else MessagesReply)(engine, exchange, request_id, wanted)
     reply.tool = tool
     reply.start(engine.choices(reply, [prompt], sampling, wanted))
+
+
+def _check_thinking(body: Body) -> None:
+    thinking = body.get("thinking") or {}
+    if thinking.get("type") == "enabled" and (thinking.get("budget_tokens") or 0) >= body["max_tokens"]:
+        message = "thinking.budget_tokens must be less than max_tokens"
+        raise unfit((Finding("value_error", f"Value error, {message}", body, "", {"error": ValueError(message)}),))
 
 
 def count_tokens(engine: SimEngine, exchange: Exchange) -> None:
@@ -59,17 +124,20 @@ def count_tokens(engine: SimEngine, exchange: Exchange) -> None:
 
 
 def _as_chat(body: Body) -> Body:
-    conversation = list(body["messages"])
+    conversation = [message for message in body["messages"] if message["content"] != []]
     system = body.get("system")
     if system:
         conversation.insert(0, {"role": "system", "content": system})
-    chat = {key: body[key] for key in ("stream", "temperature", "top_p", "cache_salt") if body.get(key) is not None}
+    chat = {key: body[key] for key in ("stream", "temperature", "top_p", "top_k", "cache_salt") if body.get(key) is not None}
     chat["messages"] = conversation
     if body.get("stop_sequences"):
         chat["stop"] = body["stop_sequences"]
     if body.get("tools"):
         chat["tools"] = [{"type": "function", "function": _function(tool)} for tool in body["tools"]]
         chat["tool_choice"] = _tool_choice(body.get("tool_choice"))
+        named = chat["tool_choice"]["function"]["name"] if isinstance(chat["tool_choice"], dict) else None
+        if named is not None and named not in (tool["name"] for tool in body["tools"]):
+            raise ApiError(400, f"The tool with name '{named}' is not found in the tools list.")
     return chat
 
 

@@ -10,17 +10,26 @@ from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
+from control_plane.sim_engine.checks import anything, integer, string
 from control_plane.sim_engine.choices import Choice
 from control_plane.sim_engine.errors import ApiError, shown, too_long, validation
-from control_plane.sim_engine.fields import Body, check, integer, parse, string
+from control_plane.sim_engine.fields import Body, check, parse
 from control_plane.sim_engine.params import Options
+from control_plane.sim_engine.prompts import prompt_field
 from control_plane.sim_engine.replies import Json, Reply
 
 if TYPE_CHECKING:
     from control_plane.sim_engine.engine import SimEngine
     from control_plane.transport import Exchange
 
-_FIELDS: Final = {"model": string, "dimensions": integer, "priority": integer, "top_n": integer, "encoding_format": string}
+_FIELDS: Final = {
+    "model": string,
+    "input": prompt_field,
+    "dimensions": integer,
+    "priority": integer,
+    "top_n": integer,
+    "encoding_format": string,
+}
 _FORMATS: Final = "'float', 'base64', 'bytes' or 'bytes_only'"
 _TOKENS_READ: Final = 64
 Build = Callable[["PoolingReply"], Json]
@@ -71,7 +80,7 @@ def _run(engine: SimEngine, exchange: Exchange, prefix: str, body: Body, inputs:
 
 
 def _body(engine: SimEngine, exchange: Exchange, *required: str) -> Body:
-    body = check(parse(exchange.header(b"content-type"), exchange.body), _FIELDS, required)
+    body = check(parse(exchange.header(b"content-type"), exchange.body), {**_FIELDS, **dict.fromkeys(required, anything)}, required)
     engine.check_model(body)
     return body
 

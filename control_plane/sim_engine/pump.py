@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final, cast
 
 from control_plane.engines.model import EngineModel, Run, State
@@ -98,12 +98,21 @@ class Pump:
         for choice in decoding:
             if choice.state is not State.ABORTED:
                 choice.produced += 1
-                choice.reply.token(choice)
+                self._tell(choice, choice.reply.token)
         for choice in cast("list[Choice]", done.started):
             if choice.output_tokens and choice.state is not State.ABORTED:
                 choice.produced = self.model.generated(choice)
-                choice.reply.token(choice)
+                self._tell(choice, choice.reply.token)
         for choice in cast("list[Choice]", done.finished):
             if choice.state is State.FINISHED:
                 self.metrics.finished(choice, self.speed)
-                choice.reply.done(choice)
+                self._tell(choice, choice.reply.done)
+
+    def _tell(self, choice: Choice, told: Callable[[Choice], None]) -> None:
+        """A reply that breaks ends alone; those that share the batch with it go on."""
+        try:
+            told(choice)
+        except Exception as error:
+            self._loop.call_exception_handler({"message": "an answer of the simulated engine broke", "exception": error})
+            choice.reply.exchange.abort()
+            choice.reply.leave()

@@ -111,7 +111,7 @@ class StreamReply(Reply):
 
     def __init__(self, engine: SimEngine, exchange: Exchange, request_id: str, options: Options) -> None:
         super().__init__(engine, exchange, request_id, options)
-        self._paused = False
+        self._paused = options.beams
         self._cut_at = engine.cut_streams_after
 
     def start(self, choices: list[Choice]) -> None:
@@ -190,8 +190,8 @@ class StreamReply(Reply):
         self._paused = True
 
     def _resume(self) -> None:
-        self._paused = False
-        for choice in self.choices:
+        self._paused = self.options.beams
+        for choice in () if self._paused else self.choices:
             if choice.sent < choice.produced:
                 self._send(choice)
 

@@ -2,14 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from control_plane.sim_engine.checks import (
+    EFFORT,
+    SAMPLING,
+    Check,
+    Firm,
+    Refused,
+    between,
+    boolean,
+    either,
+    integer,
+    list_of,
+    listing,
+    literal,
+    map_of,
+    mapping,
+    model,
+    number,
+    string,
+)
 from control_plane.sim_engine.choices import Choice
+from control_plane.sim_engine.constraints import check_constraints, forced_text
 from control_plane.sim_engine.errors import ApiError, invalid
-from control_plane.sim_engine.fields import SAMPLING, Body, boolean, check, integer, mapping, parse, string, string_or_list
-from control_plane.sim_engine.params import forced_text, options
+from control_plane.sim_engine.fields import Body, check, check_salt, parse, unfit
+from control_plane.sim_engine.logprobs import chat_logprobs
+from control_plane.sim_engine.params import check_max_tokens, options
 from control_plane.sim_engine.replies import Json, Reply, StreamReply, named_sse
 from control_plane.sim_engine.tools import ToolCall, chosen_tool
 from control_plane.sim_engine.words import Generation, Sampling
@@ -18,22 +40,53 @@ if TYPE_CHECKING:
     from control_plane.sim_engine.engine import SimEngine
     from control_plane.transport import Exchange
 
-FIELDS: Final = {
-    **SAMPLING,
-    "input": string_or_list,
+_TOOL: Final = model({"type": literal("function"), "name": string}, "type", "name")
+
+
+def _tool(value: Any) -> Any:
+    """Of the tools that run on a server those that OpenAI names are taken, and offered to nobody."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    return value if kind in _SERVER_TOOLS else _TOOL(value)
+
+
+_SERVER_TOOLS: Final = frozenset({"file_search", "web_search", "web_search_preview", "code_interpreter", "image_generation", "mcp"})
+_LOGPROBS: Final = "message.output_text.logprobs"
+_INCLUDED: Final = (
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    _LOGPROBS,
+    "reasoning.encrypted_content",
+)
+FIELDS: Final[dict[str, Check]] = {
+    "background": boolean,
+    "include": list_of(literal(*_INCLUDED)),
+    "input": either(string, listing),
     "instructions": string,
     "max_output_tokens": integer,
-    "metadata": mapping,
+    "metadata": map_of(string),
     "previous_response_id": string,
+    "reasoning": model({"effort": EFFORT}),
+    "service_tier": Firm(literal("auto", "default", "flex", "scale", "priority")),
     "store": boolean,
-    "background": boolean,
-    "text": mapping,
+    "text": model({"format": model({"type": literal("text", "json_schema", "json_object")}, "type"), "verbosity": string}),
+    "tool_choice": Firm(either(literal("none", "auto", "required"), mapping)),
+    "tools": Firm(list_of(_tool)),
+    "top_logprobs": integer,
+    "truncation": literal("auto", "disabled"),
+    **SAMPLING,
+    "presence_penalty": between(number, -2.0, 2.0),
+    "frequency_penalty": between(number, -2.0, 2.0),
 }
 MAX_STORED: Final = 1000
 _NO_STORE: Final = (
     "This vLLM engine does not support `store=True` and therefore does not support the background mode. To enable these features, set "
     "the environment variable `VLLM_ENABLE_RESPONSES_API_STORE=1` when launching the vLLM server."
 )
+
+
+_ROLE: Final = model({"role": literal("user", "assistant", "system", "developer")}, "role")
 
 
 class Stored:
@@ -52,16 +105,21 @@ def create(engine: SimEngine, exchange: Exchange) -> None:
     body = parse(exchange.header(b"content-type"), exchange.body)
     if body.get("background") and body.get("store", True) is False:
         raise invalid("background can only be used when `store` is true", "background")
-    if not body.get("tools"):
-        body.setdefault("tool_choice", "none")
+    if body.get("prompt") is not None:
+        raise invalid("prompt template is not supported", "prompt")
+    check_salt(body)
+    check_constraints(body)
+    _check_choice(body)
     body = check(body, FIELDS, ("input",))
     engine.check_model(body)
     if body.get("background") and not engine.responses_store:
         raise ApiError(400, _NO_STORE, kind="invalid_request_error", param="background")
     messages = _messages(engine, body)
+    check_max_tokens(body.get("max_output_tokens"), engine.context, "max_output_tokens")
     forced = _forced(body)
-    tool = chosen_tool({"tools": _chat_tools(body), "tool_choice": _chat_choice(body)}, forced) if body.get("tools") else None
-    wanted = options(body, logprobs=None)
+    tools = _chat_tools(body)
+    tool = chosen_tool({"tools": tools, "tool_choice": _chat_choice(body)}, forced) if tools else None
+    wanted = options(body, logprobs=_logprobs_wanted(body))
     prompt = engine.prompts.chat(messages, body.get("tools") or None)
     sampling = engine.sampling(body, prompt, body.get("max_output_tokens"), tool.text if tool else forced)
     record = Record(engine, exchange, body, sampling, messages, tool)
@@ -106,11 +164,33 @@ def _messages(engine: SimEngine, body: Body) -> list[Any]:
     given = body["input"]
     if isinstance(given, str):
         return [*messages, {"role": "user", "content": given}]
-    return messages + [_as_message(item) for item in given]
+    return messages + [_as_message(item, place) for place, item in enumerate(given)]
 
 
-def _as_message(item: Any) -> Any:
-    if not isinstance(item, dict) or "role" in item:
+def _logprobs_wanted(body: Body) -> int | None:
+    return (body.get("top_logprobs") or 0) if _LOGPROBS in (body.get("include") or ()) else None
+
+
+def _check_choice(body: Body) -> None:
+    """``tool_choice``, with the default that it has without tools. Raises ApiError."""
+    tools = body.get("tools")
+    choice = body.setdefault("tool_choice", "auto" if tools else "none")
+    if choice != "required" and not isinstance(choice, dict):
+        return
+    if not tools:
+        name = choice if isinstance(choice, str) else choice.get("type")
+        raise invalid(f"Tool choice '{name}' must be specified with 'tools' parameter.", "tool_choice")
+    if isinstance(choice, dict) and choice.get("name") not in (tool.get("name") for tool in tools):
+        raise invalid(f"Tool choice '{choice.get('type')}' not found in 'tools' parameter.", "tool_choice")
+
+
+def _as_message(item: Any, place: int) -> Any:
+    role = _ROLE if isinstance(item, dict) and item.get("type", "message") == "message" else mapping
+    try:
+        item = role(item)
+    except Refused as refused:
+        raise unfit(refused.findings, f"body.input.{place}.EasyInputMessageParam") from None
+    if "role" in item:
         return item
     kind = item.get("type")
     if kind == "function_call_output":
@@ -125,7 +205,7 @@ def _text(item: Json) -> str:
 
 
 def _chat_tools(body: Body) -> list[Json]:
-    return [{"type": "function", "function": tool} for tool in body["tools"] if tool.get("type") == "function"]
+    return [{"type": "function", "function": tool} for tool in body.get("tools") or () if tool["type"] == "function"]
 
 
 def _chat_choice(body: Body) -> Any:
@@ -177,7 +257,15 @@ class Record:
         called = self.called(generation)
         if called:
             return call_item(called, self.item_id, called.arguments, "completed")
-        return message_item(self.item_id, generation.text(self._engine.tokenizer), "completed")
+        return message_item(self.item_id, generation.text(self._engine.tokenizer), "completed", self.logprobs(generation.ids))
+
+    def logprobs(self, tokens: Sequence[int], first: int = 0) -> list[Json] | None:
+        """Of these tokens, where the request asks for them."""
+        wanted = _logprobs_wanted(self._body)
+        if wanted is None:
+            return None
+        told: list[Json] = chat_logprobs(self._engine.tokenizer, tokens, first, wanted)["content"]
+        return told
 
     def whole(self, reply: Reply) -> Json:
         """The finished response."""
@@ -221,11 +309,11 @@ class Record:
             "max_tool_calls": body.get("max_tool_calls"),
             "previous_response_id": body.get("previous_response_id"),
             "prompt": None,
-            "reasoning": body.get("reasoning"),
+            "reasoning": _reasoning_echo(body.get("reasoning")),
             "service_tier": body.get("service_tier", "auto"),
             "status": status,
             "text": _text_echo(body.get("text")),
-            "top_logprobs": None,
+            "top_logprobs": _logprobs_wanted(body),
             "truncation": body.get("truncation", "disabled"),
             "usage": usage,
             "user": body.get("user"),
@@ -238,8 +326,8 @@ class Record:
         }
 
 
-def message_item(name: str, text: str | None, status: str) -> Json:
-    content: list[Json] = [] if text is None else [{"annotations": [], "text": text, "type": "output_text", "logprobs": None}]
+def message_item(name: str, text: str | None, status: str, logprobs: list[Json] | None = None) -> Json:
+    content: list[Json] = [] if text is None else [{"annotations": [], "text": text, "type": "output_text", "logprobs": logprobs}]
     return {"id": name, "content": content, "role": "assistant", "status": status, "type": "message", "phase": None}
 
 
@@ -262,12 +350,24 @@ def _tool_echo(tool: Json) -> Json:
     return {"name": tool.get("name"), "parameters": tool.get("parameters"), **{name: tool.get(name) for name in names}}
 
 
-def _text_echo(text: Any) -> Any:
-    form = text.get("format") if isinstance(text, dict) else None
-    if not isinstance(form, dict) or form.get("type") != "json_schema":
-        return text
-    names = ("name", "schema", "type", "description", "strict")
-    return {"format": {name: form.get(name) for name in names}, "verbosity": text.get("verbosity")}
+def _text_echo(text: Json | None) -> Json | None:
+    if text is None:
+        return None
+    form = text.get("format")
+    if form is not None and form["type"] == "json_schema":
+        form = {name: form.get(name) for name in ("name", "schema", "type", "description", "strict")}
+    return {"format": form, "verbosity": text.get("verbosity")}
+
+
+def _reasoning_echo(reasoning: Json | None) -> Json | None:
+    names = ("context", "effort", "generate_summary", "mode", "summary")
+    return None if reasoning is None else {name: reasoning.get(name) for name in names}
+
+
+def _without_bytes(entry: Json) -> Json:
+    """A log probability as an event of a stream tells it."""
+    likeliest = [{name: other[name] for name in ("token", "logprob")} for other in entry["top_logprobs"]]
+    return {"token": entry["token"], "logprob": entry["logprob"], "top_logprobs": likeliest}
 
 
 class ResponsesReply(Reply):
@@ -321,7 +421,8 @@ class ResponsesStream(StreamReply):
                     data += self._item_event("response.function_call_arguments.delta", delta=arguments)
         elif text:
             self._text.append(text)
-            data += self._part_event("response.output_text.delta", delta=text, logprobs=[])
+            logprobs = self.record.logprobs(generation.ids[first:count], first) or ()
+            data += self._part_event("response.output_text.delta", delta=text, logprobs=[_without_bytes(entry) for entry in logprobs])
         return data
 
     def _event(self, kind: str, fields: Json) -> bytes:
@@ -357,7 +458,7 @@ class ResponsesStream(StreamReply):
             data = self._item_event("response.function_call_arguments.done", arguments=item.get("arguments", ""), name=record.tool.name)
         else:
             text = "".join(self._text)
-            part: Json = {"annotations": [], "text": text, "type": "output_text", "logprobs": None}
+            part: Json = {"annotations": [], "text": text, "type": "output_text", "logprobs": record.logprobs(generation.ids)}
             data = self._part_event("response.output_text.done", logprobs=[], text=text)
             data += self._part_event("response.content_part.done", part=part)
         data += self._event("response.output_item.done", {"item": item, "output_index": 0})

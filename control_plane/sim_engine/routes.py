@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from control_plane.sim_engine import info, pooling, responses
 from control_plane.sim_engine.chat import chat_completions
 from control_plane.sim_engine.completions import completions
-from control_plane.sim_engine.errors import PlainError
+from control_plane.sim_engine.errors import Moved, PlainError
 from control_plane.sim_engine.messages import count_tokens, messages
 
 if TYPE_CHECKING:
@@ -28,8 +28,10 @@ _COMMON: Final[dict[str, dict[str, Run]]] = {
     "/ping": {"GET": info.empty, "POST": info.empty},
     "/version": {"GET": info.version},
     "/load": {"GET": info.load},
-    "/metrics": {"GET": info.metrics},
+    # an application of its own in vLLM, which takes every method
+    "/metrics": dict.fromkeys(("GET", "HEAD", "OPTIONS", "POST", "PUT", "PATCH", "DELETE", "TRACE"), info.metrics),
     "/v1/models": {"GET": info.models},
+    "/kv_event_sources": {"GET": info.event_sources},
     "/tokenize": {"POST": info.tokenize},
     "/detokenize": {"POST": info.detokenize},
 }
@@ -61,8 +63,10 @@ def find_route(kind: str, method: str, path: str) -> Route:
         name = path[len(_RESPONSE) :]
         if name.endswith("/cancel") and name.count("/") == 1:
             label, methods = "/v1/responses/{response_id}/cancel", {"POST": responses.cancel}
-        elif "/" not in name:
+        elif name and "/" not in name:
             label, methods = "/v1/responses/{response_id}", {"GET": responses.retrieve}
+    if methods is None and path.endswith("/") and path[:-1] in (*KINDS[kind], "/v1/responses"):
+        raise Moved(path[:-1])
     if methods is None:
         raise PlainError(404, "Not Found")
     run = methods.get(method)

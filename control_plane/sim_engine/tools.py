@@ -70,16 +70,20 @@ def chosen_tool(body: Body, forced: str | None = None) -> ToolCall | None:
         message = f'Invalid value for `tool_choice`: {choice}! Only named tools, "none", "auto" or "required" are supported.'
         raise invalid(message, "tool_choice")
     if choice == "required":
-        return _call(tools[0]["function"], "tool_calls")
+        return _call(tools[0]["function"], "tool_calls") if tools else None
     return written_call(forced) if forced else None
 
 
 def _named(tools: Any, choice: Json) -> ToolCall:
     function = choice.get("function")
-    name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(name, str) or not name:
-        usage = 'Correct usage: `{"type": "function", "function": {"name": "my_function"}}`'
+    usage = 'Correct usage: `{"type": "function", "function": {"name": "my_function"}}`'
+    if not isinstance(function, dict):
+        raise invalid(f"Invalid value for `function`: `{function}` in `tool_choice`! {usage}", "tool_choice.function")
+    if "name" not in function:
         raise invalid(f"Expected field `name` in `function` in `tool_choice`! {usage}", "tool_choice.function.name")
+    name = function["name"]
+    if not isinstance(name, str) or not name:
+        raise invalid(f"Invalid `name` in `function`: `{name}` in `tool_choice`! {usage}", "tool_choice.function.name")
     for tool in tools:
         if tool["function"]["name"] == name:
             return _call(tool["function"], "stop")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from golden_requests import CASES, CONTEXT_TOKENS, EMBEDDING_CASES, MODEL, Answer, Case, send_all
-from observed import ALLOWANCES, observe, read, unexpected
+from observed import ALL_CASES, ALLOWANCES, GENERATING_CASES, observe, read, unexpected
 from threaded_engines import threaded_engines
 
 from control_plane.sim_engine.engine import VLLM_VERSION
@@ -23,13 +23,13 @@ RECORDED = read(Path(__file__).parent / "data" / "vllm_golden.json.gz")
 def answers() -> Iterator[dict[str, Answer]]:
     """Every case's answer from a simulated engine of its kind."""
     found: dict[str, Answer] = {}
-    for kind, cases in (("generate", CASES), ("embedding", EMBEDDING_CASES)):
+    for kind, cases in (("generate", GENERATING_CASES), ("embedding", EMBEDDING_CASES)):
         with threaded_engines(1, model_name=MODEL, max_model_len=CONTEXT_TOKENS, kind=kind, speed=50.0) as ports:
             found |= send_all(f"http://127.0.0.1:{ports[0]}", cases)
     return found
 
 
-@pytest.mark.parametrize("case", [*CASES, *EMBEDDING_CASES], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", ALL_CASES, ids=lambda case: case.name)
 def test_the_simulated_engine_answers_as_vllm_did(case: Case, answers: dict[str, Answer]) -> None:
     real: Any = RECORDED["cases"][case.name]
     assert unexpected(case, real, observe(case, answers[case.name])) == []
@@ -37,7 +37,7 @@ def test_the_simulated_engine_answers_as_vllm_did(case: Case, answers: dict[str,
 
 def test_every_case_is_recorded_from_the_version_that_is_imitated() -> None:
     assert RECORDED["vllm_version"] == VLLM_VERSION
-    assert list(RECORDED["cases"]) == [case.name for case in (*CASES, *EMBEDDING_CASES)]
+    assert list(RECORDED["cases"]) == [case.name for case in ALL_CASES]
     assert {allowance.case for allowance in ALLOWANCES} <= set(RECORDED["cases"])
 
 

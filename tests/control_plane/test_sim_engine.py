@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from control_plane.errors import ConfigurationError, InstanceFailed, InvalidRequest
 from control_plane.sim_engine import SimEngine
+from control_plane.sim_engine.chat import ChatReply
 from control_plane.transport import ClientLimits, HttpClient
 
 JSON = ((b"content-type", b"application/json"),)
@@ -186,9 +187,11 @@ async def test_the_output_is_clipped_to_the_context(engine: SimEngine) -> None:
     [
         ({"structured_outputs": {"choice": ["yes", "no"]}}, "yes"),
         ({"structured_outputs": {"regex": "[0-9]{3}"}}, "000"),
+        ({"structured_outputs": {"grammar": 'root ::= "yes"'}}, "yes"),
+        ({"structured_outputs": {"json": '{"enum": ["yes"]}'}}, '"yes"'),
         ({"response_format": {"type": "json_object"}}, "{}"),
         (
-            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "object", "required": ["a"]}}}},
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object", "required": ["a"]}}}},
             '{"a":"text"}',
         ),
     ],
@@ -342,6 +345,27 @@ async def test_streams_can_be_cut(engine: SimEngine, after: int, n: int) -> None
         assert not (await read_rest(reader)).endswith(b"0\r\n\r\n")
     await until(lambda: engine.model.idle)
     assert (await post(engine, "/v1/chat/completions", CHAT))[0] == 200, "and it serves on"
+
+
+@pytest.mark.parametrize("part", ["body", "token"])
+async def test_an_answer_that_breaks_takes_no_other_with_it(engine: SimEngine, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of the simulator's own, in the midst of a batch."""
+    whole = getattr(ChatReply, part)
+
+    def breaks(reply: ChatReply, *told: Any) -> Any:
+        if "broken" in reply.id:
+            raise ValueError("made to break")
+        return whole(reply, *told)
+
+    monkeypatch.setattr(ChatReply, part, breaks)
+    said: list[Any] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(str(context["exception"])))
+    asked = [post(engine, "/v1/chat/completions", CHAT | {"n": 2, "request_id": name}) for name in ("broken", "good", "better")]
+    broken, *others = await asyncio.gather(*asked, return_exceptions=True)
+    assert isinstance(broken, InstanceFailed)
+    assert [status for status, _, _ in others] == [200, 200]  # type: ignore[misc]
+    assert said == ["made to break"]
+    await until(lambda: engine.open_requests == 0 and not engine.model.running)
 
 
 async def test_kill_drops_everything_without_an_answer() -> None:

@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
+from process_guard import guard, release
 from vllm_server import EMBEDDING, MODEL, VllmServer, eventually, instance_of
 
 from control_plane import ControlPlaneManager, ExecutionInstance
@@ -152,7 +153,8 @@ def serving(started_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Ite
     for server in started_pair:
         command += ["--engine", server.url]
     with log.open("wb") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True)
+    guard(process.pid)
     try:
         assert process.stdout is not None
         said = process.stdout.readline()
@@ -165,6 +167,7 @@ def serving(started_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Ite
         finally:
             process.kill()
             process.wait()
+            release(process.pid)
             process.stdout.close()
 
 

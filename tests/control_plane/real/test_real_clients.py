@@ -138,7 +138,7 @@ async def test_openai_async(async_client: openai.AsyncOpenAI) -> None:
 
 async def test_a_client_that_leaves_stops_the_engine(async_client: openai.AsyncOpenAI, servers: Pair) -> None:
     await idle(*servers)
-    stream = await async_client.completions.create(model=MODEL, prompt="Once", max_tokens=3000, stream=True, **GREEDY)
+    stream = await async_client.completions.create(model=MODEL, prompt="Once", max_tokens=4000, stream=True, **GREEDY)
     await anext(aiter(stream))
     await working(1, *servers)
     await stream.close()
@@ -149,7 +149,7 @@ async def test_a_client_that_runs_out_of_patience_stops_the_engine(async_client:
     """A unary request, of which nothing has been answered when the client's own time limit is up."""
     await idle(*servers)
     with pytest.raises(openai.APITimeoutError):
-        await async_client.completions.create(model=MODEL, prompt="Once", max_tokens=3500, timeout=1.0, **GREEDY)
+        await async_client.completions.create(model=MODEL, prompt="Once", max_tokens=4000, timeout=1.0, **GREEDY)
     await idle(*servers, seconds=3.0)
 
 

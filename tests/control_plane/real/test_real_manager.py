@@ -28,8 +28,8 @@ GREEDY = {"temperature": 0.0, "extra_body": {"ignore_eos": True}}
 
 
 def long_request(**fields: object) -> RequestMetadata:
-    """Some ten seconds of work if nobody stops it."""
-    return RequestMetadata(**{"prompt": "Once upon a time", "max_tokens": 3000, **GREEDY, **fields})  # type: ignore[arg-type]
+    """Some ten seconds of work if nobody stops it. As long as the context allows: on a busy machine the engines' own counts come late."""
+    return RequestMetadata(**{"prompt": "Once upon a time", "max_tokens": 4000, **GREEDY, **fields})  # type: ignore[arg-type]
 
 
 async def test_the_seed_flow(servers: Pair) -> None:
@@ -97,7 +97,7 @@ async def test_cancelling_stops_the_engine(manager: ControlPlaneManager, servers
     request_id = await manager.submit_request(long_request())
     await eventually(lambda: request_id in manager.running_requests)
     await working(1, *servers)
-    assert await manager.cancel_request(request_id) is True
+    assert await manager.cancel_request(request_id) is True, await manager.get_request_status(request_id)
     await idle(*servers, seconds=3.0)
     assert (await manager.result(request_id)).state == "cancelled"
     assert await manager.cancel_request(request_id) is False

@@ -17,8 +17,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from golden_refusals import REFUSALS
 from golden_requests import CASES, EMBEDDING_CASES, Answer, Case, send_all
 
+#: sent to a server that generates, and to it and to one that embeds
+GENERATING_CASES = (*CASES, *REFUSALS)
+ALL_CASES = (*GENERATING_CASES, *EMBEDDING_CASES)
 #: members whose values say what kind of thing an object is or how it ended; of all others only the type is compared
 KEPT = frozenset({"object", "type", "role", "status", "finish_reason", "stop_reason", "owned_by", "model"})
 #: members of these are maps by token, whose keys are chance
@@ -168,8 +172,8 @@ def _short(value: Any) -> str:
 
 def record(url: str, embedding_url: str) -> dict[str, Any]:
     """What two real servers answer to every case, and their version."""
-    answers = send_all(url, CASES) | send_all(embedding_url, EMBEDDING_CASES)
-    observed = {case.name: observe(case, answers[case.name]) for case in (*CASES, *EMBEDDING_CASES)}
+    answers = send_all(url, GENERATING_CASES) | send_all(embedding_url, EMBEDDING_CASES)
+    observed = {case.name: observe(case, answers[case.name]) for case in ALL_CASES}
     return {"vllm_version": answers["version"].json()["version"], "cases": observed}
 
 

@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from process_guard import guard, release
+
 from control_plane import ExecutionInstance
 
 SERVE = Path(__file__).parents[3] / "scripts" / "real_vllm" / "serve.sh"
@@ -47,6 +49,7 @@ class VllmServer:
         command = [str(SERVE), model, str(self.port), str(self.core), *self.flags]
         with self.log.open("ab") as out:
             self._process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+        guard(self._process.pid)
 
     def wait_ready(self) -> None:
         """Until it answers ``/health``. Raises RuntimeError with the end of its log when it ends, or takes too long."""
@@ -92,6 +95,7 @@ class VllmServer:
         if self._process is not None:
             self.signal_group(signal.SIGKILL)
             self._process.wait(30)
+            release(self._process.pid)
 
     def freeze(self) -> None:
         """SIGSTOP to the group: the port accepts and nothing answers."""
