@@ -55,7 +55,7 @@ test-real: $(VENV)/.installed-test
 
 FUZZ_SECONDS ?= 300
 fuzz: $(VENV)/.installed-test
-	@$(PIP) install atheris || echo "no atheris for this Python: seeds are changed at random instead"
+	@$(PIP) install -e '.[fuzz]' || echo "no atheris for this Python: seeds are changed at random instead"
 	$(BIN)/python tests/control_plane/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 BENCH_VENV := build/bench-venv
