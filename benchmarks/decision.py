@@ -78,15 +78,19 @@ def rounds_us(count: int, per_round: int, run: Callable[[], None]) -> tuple[floa
     return statistics.median(found), min(found), max(found)
 
 
-def placements(router: str, n: int, rounds: int, asked: list[RequestMetadata], *, decide: bool) -> tuple[float, float, float]:
+def placements(router: str, n: int, rounds: int, asked: list[RequestMetadata], stage: int) -> tuple[float, float, float]:
+    """``stage`` 0: the placement alone; 1: with its decision; 2: and its candidates and reason written out, as when somebody looks."""
     instances = fleet(n)
     view, strategy = IndexedView(instances), create_strategy(router, Random(1))
 
     def run() -> None:
         for request in asked:
             placement = strategy.place(request, instances, view)
-            if decide:
-                make_decision(request, placement, view, key=1.0, policy="fifo", router=router)
+            if stage:
+                decision = make_decision(request, placement, view, key=1.0, policy="fifo", router=router)
+                if stage == 2:
+                    assert decision.candidates
+                    assert decision.reason
 
     return rounds_us(rounds, len(asked), run)
 
@@ -125,13 +129,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()
     asked = requests(500, Random(0))
-    for decide in (False, True):
-        title = "one placement and its full decision" if decide else "one placement"
+    titles = ("one placement", "one placement and its decision", "the same, its candidates and reason written out")
+    for stage, title in enumerate(titles):
         print(f"{title}, µs: median (least-most)")
         for router in ROUTERS:
             cells = []
             for n, goal in GOALS_US.items():
-                median, least, most = placements(router, n, options.rounds, asked, decide=decide)
+                median, least, most = placements(router, n, options.rounds, asked, stage)
                 cells.append(f"{n:>5}: {median:6.1f} ({least:.1f}-{most:.1f}){'' if median <= goal else ' over ' + str(goal)}")
             print(f"  {router:<20}" + "  ".join(cells))
     print(f"enqueue plus dequeue with {QUEUED} queued, µs: median (least-most), goal 8")
