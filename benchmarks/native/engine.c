@@ -157,6 +157,8 @@ static int answer_get(conn *c, const char *path) {
                          "vllm:num_requests_running{engine=\"0\",model_name=\"%s\"} %d.0\n"
                          "vllm:num_requests_waiting{engine=\"0\",model_name=\"%s\"} 0.0\n"
                          "vllm:kv_cache_usage_perc{engine=\"0\",model_name=\"%s\"} 0.1\n"
+                         "vllm:prefix_cache_queries_total 0.0\nvllm:prefix_cache_hits_total 0.0\nvllm:num_preemptions_total 0.0\n"
+                         "vllm:prompt_tokens_total 0.0\nvllm:generation_tokens_total 0.0\n"
                          "vllm:cache_config_info{block_size=\"16\",enable_prefix_caching=\"True\",num_gpu_blocks=\"8192\"} 1.0\n",
                          model, heap_size, model, model);
         n = snprintf(out, sizeof out, "HTTP/1.1 200 OK\r\ncontent-type: text/plain\r\ncontent-length: %d\r\n\r\n%s", m, page);
