@@ -29,8 +29,6 @@ LENIENT = {
     "chat_content_type_missing": "a JSON body without a content type is taken for JSON",
     "chat_priority_null": "null is no priority",
     "completion_priority_null": "null is no priority",
-    "chat_include_usage_text": "usage is the gateway's to ask for",
-    "completion_include_usage_text": "usage is the gateway's to ask for",
     "messages_model_empty": "without a model the only one there is serves",
 }
 #: kinds that no engine of this pair serves never reach one, see test_real_embedding
