@@ -99,6 +99,7 @@ class Dispatcher:
 
     def start_now(self, job: Job, candidates: list[ExecutionInstance]) -> None:
         """Place a job that was accepted and is in no lane on one of those with room, or queue it after all."""
+        job.order = self.queue.order  # its key belongs to the present order, should it come back
         if not self._place(job, candidates):
             try:
                 self.queue.push(job)

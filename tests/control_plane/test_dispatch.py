@@ -187,6 +187,27 @@ async def test_a_retry_after_a_change_of_policy_stands_where_the_new_one_puts_it
     assert next(iter(world.manager.pending_queue)).request_id == "urgent"
 
 
+async def test_a_request_that_started_at_once_comes_back_with_its_key(make: Make) -> None:
+    asked: list[str] = []
+
+    class Noting(SchedulingPolicy):
+        def key(self, request: RequestMetadata, arrival_s: float, view: FleetView) -> float:
+            asked.append(request.request_id)
+            return arrival_s
+
+    world = make("", scheduling_policy="fifo")
+    world.add("a", max_concurrent_requests=1)
+    world.add("b", max_concurrent_requests=1)
+    await world.manager.start()
+    world.manager.update_policy(Noting())
+    await world.submit("first")
+    await world.submit("second")
+    (call,) = [call for call in world.open if call.request.request_id == "first"]
+    call.fail(LOST)
+    assert [request.request_id for request in world.manager.pending_queue] == ["first"]
+    assert asked == ["first", "second"]
+
+
 async def test_an_engines_answer_is_given_at_once_when_no_other_is_up(make: Make) -> None:
     """Waiting for one that is down cannot bring more than what an engine has said already."""
     world = make("ab", routing_strategy="round_robin")
