@@ -127,7 +127,7 @@ def _named_profile(instance: ExecutionInstance) -> roofline.EngineProfile | None
     try:
         return roofline.profile(instance.profile) if instance.profile else None
     except InvalidRequest:
-        return None  # a name of the owner's own says nothing to the catalogue; the configuration check reports it
+        return None  # registering refuses such a name; set later, or on an instance that is not registered, it says nothing
 
 
 def _sizes(instance: ExecutionInstance) -> tuple[int, int]:

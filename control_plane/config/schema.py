@@ -15,6 +15,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from control_plane.fleet import HealthSettings
 from control_plane.policies import POLICIES
+from control_plane.roofline import profile as catalogued
 from control_plane.router import ROUTERS
 from control_plane.types import DecodingConfig, ExecutionInstance, ExecutionInstanceType, PDSeparationConfig, PrefillingConfig, RequestKind
 
@@ -78,6 +79,13 @@ class InstanceConfig(_Strict):
     decoding_config: DecodingConfig | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)
     """Labels of your own."""
+
+    @field_validator("profile")
+    @classmethod
+    def _catalogued(cls, value: str | None) -> str | None:
+        if value:
+            catalogued(value)
+        return value
 
     @model_validator(mode="after")
     def _is_an_instance(self) -> Self:

@@ -19,6 +19,7 @@ from control_plane.fleet.settings import HealthSettings
 from control_plane.fleet.status import Listener, StatusBook
 from control_plane.job import LaneKey
 from control_plane.protocols import Engine, EventSink, Predictor, PrefixMatches
+from control_plane.roofline import profile as catalogued
 from control_plane.types import ExecutionInstance, HealthStatus, RequestKind
 from control_plane.view import NoPrefixes
 
@@ -120,7 +121,8 @@ class Fleet:
     # ---- membership
 
     def add(self, instance: ExecutionInstance) -> None:
-        """Register it; the same object again is no change. Raises InvalidRequest when another one has its id."""
+        """Register it; the same object again is no change. Raises InvalidRequest when another one has its id, and for a
+        ``profile`` that is not in the catalogue (naming the nearest)."""
         if not isinstance(instance, ExecutionInstance):
             raise wrong("instance", instance, "an ExecutionInstance(...)")
         known = self._records.get(instance.instance_id)
@@ -128,6 +130,8 @@ class Fleet:
             if known.instance is instance:
                 return
             raise InvalidRequest(f"an instance {instance.instance_id!r} is registered already", param="instance_id")
+        if instance.profile:
+            catalogued(instance.profile)
         record = self._leaving.pop(instance, None) or Record(instance, self._settings)
         self._records[instance.instance_id] = record
         self._index.instances.append(instance)

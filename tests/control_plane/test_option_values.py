@@ -146,3 +146,13 @@ async def test_of_what_is_no_request_or_instance(request_: object) -> None:
     for where, what in ((request_, decision), (instance, request_)):
         with pytest.raises(InvalidRequest, match=r"must be an? (ExecutionInstance|SchedulingDecision)"):
             await manager.executor.execute_request(RequestMetadata(prompt="x"), where, what)  # type: ignore[arg-type]
+
+
+def test_a_profile_that_is_in_no_catalogue_is_refused() -> None:
+    manager = ControlPlaneManager()
+    with pytest.raises(InvalidRequest, match=r"did you mean 'h100-llama3-8b'\?") as refused:
+        manager.register_instance(ExecutionInstance(profile="h100-lama3-8b"))
+    assert refused.value.param == "profile"
+    assert manager.get_instances() == []
+    with pytest.raises(ConfigurationError, match=r"instances\.0\.profile.*did you mean"):
+        ControlPlaneManager.from_config({"instances": [{"url": "http://127.0.0.1:9000", "profile": "h100-lama3-8b"}]})
