@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from control_plane.job import Job
 from control_plane.policies.base import SchedulingPolicy
 from control_plane.policies.cost_optimized import CostOptimizedPolicy
 from control_plane.policies.priority import PriorityPolicy
 from control_plane.policies.slo_aware import SLOAwarePolicy
+from control_plane.protocols import FleetView
 from control_plane.queue import QueueState
+from control_plane.types import ExecutionInstance, RequestMetadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,8 @@ class AdaptivePolicy(SchedulingPolicy):
     def __init__(self, settings: AdaptiveSettings | None = None) -> None:
         self.settings = settings if settings is not None else AdaptiveSettings()
         self._policies: dict[str, SchedulingPolicy] = {p.name: p for p in (SLOAwarePolicy(), PriorityPolicy(), CostOptimizedPolicy())}
-        self._obey(self._policies[SLOAwarePolicy.name])
+        self._active = self._policies[SLOAwarePolicy.name]
+        self.relegates = self._active.relegates
         self._since_s: float | None = None
         self._loaded = False
         self._deadlines = False
@@ -50,13 +54,16 @@ class AdaptivePolicy(SchedulingPolicy):
         """The name of the policy that orders now."""
         return self._active.name
 
-    def _obey(self, active: SchedulingPolicy) -> None:
-        """From now on ``active`` orders. Its methods stand in for ours, so that nothing stands in between."""
-        self._active = active
-        self.relegates = active.relegates
-        self.key = active.key  # type: ignore[method-assign]
-        self.slack_s = active.slack_s  # type: ignore[method-assign]
-        self.narrow = active.narrow  # type: ignore[method-assign]
+    def key(self, request: RequestMetadata, arrival_s: float, view: FleetView) -> float:
+        return self._active.key(request, arrival_s, view)
+
+    def slack_s(self, job: Job, now_s: float, present_wait_s: float) -> float:
+        return self._active.slack_s(job, now_s, present_wait_s)
+
+    def narrow(
+        self, request: RequestMetadata, candidates: list[ExecutionInstance], view: FleetView, arrival_s: float | None = None
+    ) -> list[ExecutionInstance]:
+        return self._active.narrow(request, candidates, view, arrival_s)
 
     def review(self, state: QueueState) -> str | None:
         """Switches at most once in ``dwell_s``; returns why it did."""
@@ -66,8 +73,8 @@ class AdaptivePolicy(SchedulingPolicy):
             self._since_s = state.now_s - self.settings.dwell_s
         if wanted == self._active.name or state.now_s - self._since_s < self.settings.dwell_s:
             return None
-        before, self._since_s = self._active.name, state.now_s
-        self._obey(self._policies[wanted])
+        before, self._active, self._since_s = self._active.name, self._policies[wanted], state.now_s
+        self.relegates = self._active.relegates
         return f"from {before} to {wanted}: {why}"
 
     def _judge(self, state: QueueState) -> None:

@@ -23,7 +23,7 @@ from control_plane.policies import (
 from control_plane.policies.adaptive import AdaptiveSettings
 from control_plane.policies.priority import DEFAULT_OFFSETS_S
 from control_plane.prediction import LatencyPredictor
-from control_plane.protocols import WireRequest
+from control_plane.protocols import FleetView, WireRequest
 from control_plane.queue import QueueState
 from control_plane.router import LoadBalanced
 from control_plane.types import ExecutionInstance, ParallelismType, RequestKind, RequestMetadata, RequestPriority, SchedulingDecision
@@ -409,3 +409,11 @@ def test_the_standing_instance_is_of_the_model_and_follows_the_fleet() -> None:
 def test_routers_are_not_shared_between_policies() -> None:
     assert FIFOPolicy()._router is not FIFOPolicy()._router
     assert isinstance(FIFOPolicy()._router, LoadBalanced)
+
+
+def test_what_a_subclass_of_adaptive_overrides_stays_in_force() -> None:
+    class Backwards(AdaptivePolicy):
+        def key(self, request: RequestMetadata, arrival_s: float, view: FleetView) -> float:
+            return -arrival_s
+
+    assert Backwards().key(RequestMetadata(prompt="x"), 5.0, StaticView([])) == -5.0
