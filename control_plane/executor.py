@@ -248,7 +248,7 @@ class ExecutionCoordinator:
 
     def start(self, job: Job, decision: SchedulingDecision, listener: AttemptListener) -> Attempt:
         """Run ``job`` where ``decision`` says. Never raises: a failure comes to ``listener.attempt_failed``, maybe at once."""
-        leg = decision.plan.legs[-1]
+        leg = decision.plan.answering
         instance, engine = self.fleet.serving(leg.instance_id)
         attempt = Attempt(job, instance, self, listener)
         job.instance = instance
@@ -258,7 +258,7 @@ class ExecutionCoordinator:
             known = error if isinstance(error, ControlPlaneError) else None
             attempt.failed(known or ControlPlaneError(f"{leg.instance_id}: the request could not be sent: {error!r}"))
             return attempt
-        if attempt.call is None and not attempt._settled:
+        if attempt.call is None and not attempt.settled:
             attempt.call = call
         return attempt
 

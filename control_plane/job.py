@@ -20,11 +20,6 @@ class LaneKey(NamedTuple):
     pinned: str | None = None
     avoid: frozenset[str] = frozenset()
 
-    @property
-    def plain(self) -> bool:
-        """Any instance that serves the model and the kind will do."""
-        return self.pinned is None and not self.avoid and self.kind is not RequestKind.ANY
-
 
 class Job:
     """``*_s`` are monotonic seconds; 0.0 means the point was not reached."""

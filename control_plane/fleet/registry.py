@@ -14,7 +14,7 @@ from control_plane.fleet.health import HealthMonitor
 from control_plane.fleet.in_flight import count_in, count_out, role_has_room
 from control_plane.fleet.outliers import Failure, classify
 from control_plane.fleet.record import LAST_RESORT, Cause, Record
-from control_plane.fleet.selection import ModelIndex, free, pick, roomy, sample
+from control_plane.fleet.selection import ModelIndex, pick, roomy, sample
 from control_plane.fleet.settings import HealthSettings
 from control_plane.fleet.status import Listener, StatusBook
 from control_plane.job import LaneKey
@@ -85,7 +85,7 @@ class Fleet:
     def serving(self, instance_id: str) -> tuple[ExecutionInstance, Engine]:
         """An instance and what runs requests there. Raises InstanceNotFound."""
         record = self._record(instance_id)
-        return record.instance, record.engine if record.engine is not None else self._engine_of(record)
+        return record.instance, self._engine_of(record)
 
     def engine(self, instance_id: str) -> Engine:
         """What runs requests there. Raises InstanceNotFound."""
@@ -202,10 +202,6 @@ class Fleet:
     def with_room(self, lane: LaneKey, limit: int | None = None) -> list[ExecutionInstance]:
         """The eligible ones that can take another request now."""
         status = self._status
-        if limit is None and lane.plain and not (status.trials or status.suspects or status.busy):
-            found = free(self._index.serving(lane.model), lane.kind)
-            if found:
-                return found
         if status.trials or status.suspects or status.busy:
             found = self._choose(lane, None, room=False)
             if all(instance.instance_id in status.trials for instance in found):
@@ -254,8 +250,8 @@ class Fleet:
 
     def record_success(self, instance: ExecutionInstance, now_s: float | None = None) -> None:
         """A request ended well there (``now_s``: when)."""
-        record = self._records.get(instance.instance_id)
-        if record is None or record.instance is not instance:
+        record = self._mine(instance)
+        if record is None:
             return
         if now_s is None:
             now_s = self._clock.now_s()

@@ -175,7 +175,7 @@ def _metadata(head: Head, endpoint: Endpoint, body: bytes) -> RequestMetadata:
     prompt = getattr(head, endpoint.prompt) if endpoint.prompt else UNSET
     request = RequestMetadata(
         model_name=head.model or None,
-        max_tokens=_most_tokens(head),
+        max_tokens=_count(head.max_completion_tokens) or _count(head.max_tokens) or _count(head.max_output_tokens),
         kind=endpoint.kind,
         prompt_size_bytes=len(body),
     )
@@ -191,13 +191,6 @@ def _metadata(head: Head, endpoint: Endpoint, body: bytes) -> RequestMetadata:
     if head.n is not None and (choices := _count(head.n)) is not None and choices > 1:
         request.extra_body = {"n": choices}
     return request
-
-
-def _most_tokens(head: Head) -> int | None:
-    for value in (head.max_completion_tokens, head.max_tokens, head.max_output_tokens):
-        if type(value) is int and 0 < value <= _MAX_COUNT:
-            return value
-    return None
 
 
 def _count(value: object) -> int | None:

@@ -61,9 +61,9 @@ class Relay:
 
     def relay(self, exchange: Exchange, endpoint: Endpoint) -> None:
         """Answer one POST to an engine's path. Never raises for what a client sent."""
-        known = exchange.head.notes.found or self._known(exchange)
+        known = self._known(exchange)
         headers = known.headers
-        request_id = self._ids.new() if known.given_id is None else known.given_id
+        request_id = known.given_id or self._ids.new()
         try:
             if self.draining or self._has_keys or len(self.open) >= self.max_open:
                 self._check(headers)
@@ -103,7 +103,7 @@ class Relay:
         """Answer a request about a stored response: GET or DELETE of it, POST to its cancel."""
         known = self._known(exchange)
         headers = known.headers
-        request_id = self.take_id(headers)
+        request_id = known.given_id or self._ids.new()
         try:
             self._check(headers)
             response_id, instance = self._home_of(exchange)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
 import pytest
 from hypothesis import HealthCheck, settings
+from scripted_world import Make, World
 
 from control_plane.clock import ManualClock
 
@@ -16,3 +19,17 @@ settings.load_profile("untimed")
 def clock() -> ManualClock:
     """A clock that stands still until a test moves it; begins well after 0, since 0.0 means "not reached" in a Job."""
     return ManualClock(now_s=1_000.0)
+
+
+@pytest.fixture
+async def make() -> AsyncIterator[Make]:
+    """Managers over scripted engines, stopped when the test is over."""
+    worlds: list[World] = []
+
+    def build(*args: object, **options: object) -> World:
+        worlds.append(World(*args, **options))  # type: ignore[arg-type]
+        return worlds[-1]
+
+    yield build
+    for world in worlds:
+        await world.manager.stop(drain_timeout_s=0.0)

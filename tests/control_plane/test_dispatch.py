@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
 
 import pytest
 from scripted_engine import ScriptedCall
-from scripted_world import World, until
+from scripted_world import Make, World, until
 
 from control_plane import (
     ControlPlaneError,
@@ -22,21 +21,7 @@ from control_plane import (
 from control_plane.fleet import HealthSettings
 from control_plane.protocols import FleetView
 
-Make = Callable[..., World]
 LOST = InstanceFailed("connection lost")
-
-
-@pytest.fixture
-async def make() -> AsyncIterator[Make]:
-    worlds: list[World] = []
-
-    def build(*args: object, **options: object) -> World:
-        worlds.append(World(*args, **options))  # type: ignore[arg-type]
-        return worlds[-1]
-
-    yield build
-    for world in worlds:
-        await world.manager.stop(drain_timeout_s=0.0)
 
 
 def running(world: World, name: str) -> list[str]:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
 
 import pytest
-from scripted_world import World
+from scripted_world import Make
 
 from control_plane import (
     BudgetExhausted,
@@ -27,22 +26,6 @@ from control_plane import (
     SchedulingDecision,
     SchedulingPolicy,
 )
-
-
-@pytest.fixture
-async def make() -> AsyncIterator[Callable[..., World]]:
-    worlds: list[World] = []
-
-    def build(*args: object, **options: object) -> World:
-        worlds.append(World(*args, **options))  # type: ignore[arg-type]
-        return worlds[-1]
-
-    yield build
-    for world in worlds:
-        await world.manager.stop(drain_timeout_s=0.0)
-
-
-Make = Callable[..., World]
 
 
 async def test_what_is_refused_names_the_field_and_leaves_nothing(make: Make) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import pytest
-from scripted_world import World, until
+from scripted_world import Make, until
 
 from control_plane import (
     ExecutionInstance,
@@ -19,21 +19,7 @@ from control_plane import (
 from control_plane.protocols import FleetView
 from control_plane.queue import QueueState
 
-Make = Callable[..., World]
 Instances = list[ExecutionInstance]
-
-
-@pytest.fixture
-async def make() -> AsyncIterator[Make]:
-    worlds: list[World] = []
-
-    def build(*args: object, **options: object) -> World:
-        worlds.append(World(*args, **options))  # type: ignore[arg-type]
-        return worlds[-1]
-
-    yield build
-    for world in worlds:
-        await world.manager.stop(drain_timeout_s=0.0)
 
 
 def to(instance: ExecutionInstance | str, request: RequestMetadata) -> SchedulingDecision:

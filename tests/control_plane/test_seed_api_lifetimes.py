@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
 import uvloop
-from scripted_world import MODEL, World
+from scripted_world import MODEL, Make, World
 from threaded_engines import threaded_engines
 
 from control_plane import ControlPlaneManager, Draining, ExecutionInstance, RequestMetadata, RequestNotFound
@@ -27,22 +27,6 @@ def manager_over(ports: list[int]) -> ControlPlaneManager:
     for port in ports:
         manager.register_instance(ExecutionInstance(host="127.0.0.1", port=port, model_name=MODEL))
     return manager
-
-
-@pytest.fixture
-async def make() -> AsyncIterator[Callable[..., World]]:
-    worlds: list[World] = []
-
-    def build(*args: object, **options: object) -> World:
-        worlds.append(World(*args, **options))  # type: ignore[arg-type]
-        return worlds[-1]
-
-    yield build
-    for world in worlds:
-        await world.manager.stop(drain_timeout_s=0.0)
-
-
-Make = Callable[..., World]
 
 
 async def ask(manager: ControlPlaneManager, count: int = 3) -> list[str]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
 
 import pytest
 from byte_tap import tapped
-from scripted_world import MODEL, World, until
+from scripted_world import MODEL, Make, until
 
 from control_plane import (
     BudgetExhausted,
@@ -32,21 +31,6 @@ from control_plane import (
 )
 from control_plane.clock import ManualClock
 from control_plane.sim_engine import SimEngine
-
-Make = Callable[..., World]
-
-
-@pytest.fixture
-async def make() -> AsyncIterator[Make]:
-    worlds: list[World] = []
-
-    def build(*args: object, **options: object) -> World:
-        worlds.append(World(*args, **options))  # type: ignore[arg-type]
-        return worlds[-1]
-
-    yield build
-    for world in worlds:
-        await world.manager.stop(drain_timeout_s=0.0)
 
 
 class TestOptions:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 
 import pytest
-from scripted_world import World, until
+from scripted_world import Make, World, until
 
 from control_plane import (
     ControlPlaneManager,
@@ -25,21 +25,6 @@ from control_plane.errors import ConfigurationError
 from control_plane.gateway.metrics_page import make_exporter
 from control_plane.protocols import FleetView
 from control_plane.router import Placement
-
-Make = Callable[..., World]
-
-
-@pytest.fixture
-async def make() -> AsyncIterator[Make]:
-    worlds: list[World] = []
-
-    def build(*args: object, **options: object) -> World:
-        worlds.append(World(*args, **options))  # type: ignore[arg-type]
-        return worlds[-1]
-
-    yield build
-    for world in worlds:
-        await world.manager.stop(drain_timeout_s=0.0)
 
 
 class BrokenKey(SchedulingPolicy):

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from scripted_engine import ScriptedCall
-from scripted_world import MODEL, World, until
+from scripted_world import MODEL, Make, until
 
 from control_plane import (
     EngineError,
@@ -25,21 +24,6 @@ from control_plane import (
 )
 from control_plane.clock import ManualClock
 from control_plane.errors import ControlPlaneError
-
-Make = Callable[..., World]
-
-
-@pytest.fixture
-async def make() -> AsyncIterator[Make]:
-    worlds: list[World] = []
-
-    def build(*args: object, **options: object) -> World:
-        worlds.append(World(*args, **options))  # type: ignore[arg-type]
-        return worlds[-1]
-
-    yield build
-    for world in worlds:
-        await world.manager.stop(drain_timeout_s=0.0)
 
 
 def sent(call: ScriptedCall) -> dict[str, object]:

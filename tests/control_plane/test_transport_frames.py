@@ -7,6 +7,7 @@ import itertools
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from silent_transport import SilentTransport
 
 from control_plane.transport.client import HttpClient
 from control_plane.transport.client_connection import ClientConnection
@@ -46,21 +47,6 @@ class HeardFrames(Heard):
         self.body += data
 
 
-class Wire:
-    closed = False
-
-    def write(self, data: bytes) -> None: ...
-
-    def abort(self) -> None:
-        self.closed = True
-
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-
 def hear(pieces: list[bytes], heard: Heard) -> tuple[bytes, list[str], bool, int]:
     """What was heard, and whether the connection is kept for the next request."""
 
@@ -68,7 +54,7 @@ def hear(pieces: list[bytes], heard: Heard) -> tuple[bytes, list[str], bool, int
         client = HttpClient("http://127.0.0.1:1")
         client._bind()
         connection = ClientConnection(client)
-        connection.connection_made(Wire())  # type: ignore[arg-type]
+        connection.connection_made(SilentTransport())  # type: ignore[arg-type]
         client.pool(connection)
         client.send("POST", "/x", (), b"{}", heard)  # type: ignore[arg-type]
         for piece in pieces:

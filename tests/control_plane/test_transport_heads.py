@@ -7,6 +7,7 @@ import asyncio
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from silent_transport import SilentTransport
 
 from control_plane.transport.client import HttpClient
 from control_plane.transport.client_connection import ClientConnection
@@ -132,28 +133,9 @@ class Heard:
         self.seen.append(("error", type(error).__name__))
 
 
-class Wire:
-    """A transport that goes nowhere."""
-
-    closed = False
-
-    def write(self, data: bytes) -> None: ...
-    def pause_reading(self) -> None: ...
-    def resume_reading(self) -> None: ...
-
-    def abort(self) -> None:
-        self.closed = True
-
-    def is_closing(self) -> bool:
-        return self.closed
-
-    def get_write_buffer_size(self) -> int:
-        return 0
-
-
 def hear(answers: list[bytes], client: HttpClient, *, alone: bool = False) -> tuple[Seen, bool]:
     """What a receiver hears of each answer in turn on one connection, and whether that is still good for another."""
-    connection, wire = ClientConnection(client), Wire()
+    connection, wire = ClientConnection(client), SilentTransport()
     connection.connection_made(wire)  # type: ignore[arg-type]
     client.pool(connection)
     heard = Heard()
@@ -213,7 +195,7 @@ async def test_a_receiver_that_raises_fails_its_own_call(fails_at: str, caplog: 
     answer = OK + b"content-length: 3\r\n\r\nabc"
     assert hear([answer, answer], client)[0].count(("complete",)) == 2
     connection, heard = ClientConnection(client), Heard()
-    connection.connection_made(Wire())  # type: ignore[arg-type]
+    connection.connection_made(SilentTransport())  # type: ignore[arg-type]
     client.pool(connection)
 
     def raises(*_: object) -> None:

@@ -51,6 +51,10 @@ class World:
         return (await self.status(request_id)).state
 
 
+Make = Callable[..., World]
+"""``make(...)``, the fixture: a World that is stopped when its test is over."""
+
+
 async def until(holds: Callable[[], object], timeout_s: float = 5.0) -> None:
     """Waits for ``holds()`` to be true."""
     async with asyncio.timeout(timeout_s):
