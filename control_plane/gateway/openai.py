@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
-from msgspec import UNSET, Raw, Struct, UnsetType
+from msgspec import UNSET, Raw, UnsetType
 
 from control_plane.admission import validate_request
 from control_plane.errors import InvalidRequest
 from control_plane.gateway import edits
 from control_plane.gateway.endpoints import Endpoint
 from control_plane.gateway.forms import form_fields
+from control_plane.gateway.routing_members import AnthropicMetadata, Head, NamesNoModel
 from control_plane.gateway.wishes import apply_headers, has_routing_headers, parse_priority
 from control_plane.types import RequestKind, RequestMetadata
 
@@ -37,44 +38,6 @@ _media = re.compile(rb";base64,[A-Za-z0-9+/=_-]*")
 _at = re.compile(r" - at `\$\.?(\w*)").search
 
 
-class Head(Struct, gc=False):
-    """The members that routing looks at; UNSET: the client did not send it."""
-
-    model: str | UnsetType | None = UNSET
-    messages: Raw | UnsetType = UNSET
-    prompt: Raw | UnsetType = UNSET
-    input: Raw | UnsetType = UNSET
-    system: Raw | UnsetType = UNSET
-    instructions: Raw | UnsetType = UNSET
-    stream: bool | None = None
-    stream_options: Raw | UnsetType = UNSET
-    max_tokens: Any = None
-    max_completion_tokens: Any = None
-    max_output_tokens: Any = None
-    n: Any = None
-    user: Any = None
-    tools: Raw | UnsetType = UNSET
-    metadata: Raw | UnsetType = UNSET
-    previous_response_id: str | None = None
-    # ours: taken out before the body goes on
-    priority: int | str | UnsetType | None = UNSET
-    request_id: str | UnsetType | None = UNSET
-    session_id: str | UnsetType | None = UNSET
-    slo_deadline_ms: float | UnsetType | None = UNSET
-    ttft_slo_ms: float | UnsetType | None = UNSET
-    tpot_slo_ms: float | UnsetType | None = UNSET
-    cost_budget: float | UnsetType | None = UNSET
-    when_late: str | UnsetType | None = UNSET
-
-
-class NamesNoModel(InvalidRequest):
-    """A request that can only be relayed by its model names none."""
-
-
-class _AnthropicMetadata(Struct):
-    user_id: Any = None
-
-
 class Ask(NamedTuple):
     """A request as read: what it is about, and the body to send on."""
 
@@ -91,7 +54,7 @@ OWN_MEMBERS = ("priority", "request_id", "session_id", "slo_deadline_ms", "ttft_
 Resolve = Callable[[None], str]
 
 _decode = msgspec.json.Decoder(Head).decode
-_decode_metadata = msgspec.json.Decoder(_AnthropicMetadata).decode
+_decode_metadata = msgspec.json.Decoder(AnthropicMetadata).decode
 
 
 def read(

@@ -12,10 +12,11 @@ from control_plane.gateway.cors import Cors
 from control_plane.gateway.endpoints import ANY, Endpoint, in_anthropic_api
 from control_plane.gateway.guard import ClientKeys
 from control_plane.gateway.known_heads import KnownHead
-from control_plane.gateway.openai import NamesNoModel, read
+from control_plane.gateway.openai import read
 from control_plane.gateway.replies import TooManyStreams, UnknownPath, WrongMethod, error_answer, id_headers
 from control_plane.gateway.request_ids import RequestIds
 from control_plane.gateway.responses import ResponseHomes, gone, response_path
+from control_plane.gateway.routing_members import NamesNoModel
 from control_plane.gateway.settings import GatewaySettings
 from control_plane.gateway.sink import ClientSink, ResponsesSink
 from control_plane.job import Job

@@ -7,7 +7,7 @@ import logging
 import socket
 import ssl as tls
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final
 
 from control_plane.protocols import Headers
 from control_plane.transport.connection import ServerConnection
@@ -86,7 +86,8 @@ class HttpServer:
         except socket.gaierror as error:
             raise OSError(f"cannot listen on {host!r}: {error.strerror}") from None
         self._host = host
-        self._port = self._listener.sockets[0].getsockname()[1]
+        listener: Any = self._listener  # its ``sockets`` are a tuple as typed, and a list under uvloop
+        self._port = listener.sockets[0].getsockname()[1]
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Stop listening, let what runs end for up to ``grace_s`` seconds, then cut off the rest."""

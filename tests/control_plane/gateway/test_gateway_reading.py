@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from control_plane.errors import InvalidRequest
 from control_plane.gateway.endpoints import ANY, CHAT, ENDPOINTS, GENERIC, MESSAGES, RESPONSES, Endpoint
 from control_plane.gateway.forms import form_fields
-from control_plane.gateway.openai import HEAD_BYTES, Ask, NamesNoModel, read
+from control_plane.gateway.openai import HEAD_BYTES, Ask, read
 from control_plane.gateway.request_ids import RequestIds
+from control_plane.gateway.routing_members import NamesNoModel
 from control_plane.types import RequestKind, RequestPriority
 
 COMPLETION = ENDPOINTS["/v1/completions"]
