@@ -17,7 +17,7 @@ from collections.abc import Callable
 from random import Random
 
 from control_plane.job import Job, LaneKey
-from control_plane.policies import POLICIES, create_policy, make_decision
+from control_plane.policies import POLICIES, create_policy, decide
 from control_plane.protocols import WireRequest
 from control_plane.queue import RequestQueue, set_key
 from control_plane.router import ROUTERS, create_strategy
@@ -87,8 +87,9 @@ def placements(router: str, n: int, rounds: int, asked: list[RequestMetadata], s
         for request in asked:
             placement = strategy.place(request, instances, view)
             if stage:
-                decision = make_decision(request, placement, view, key=1.0, policy="fifo", router=router)
+                decided = decide(request, placement, view, key=1.0, policy="fifo", router=router)
                 if stage == 2:
+                    decision = decided.written_out(request.request_id)
                     assert decision.candidates
                     assert decision.reason
 

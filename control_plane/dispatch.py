@@ -12,30 +12,36 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable
+from typing import Final
 
 from control_plane.admission import affordable, preferred
 from control_plane.errors import BudgetExhausted, ControlPlaneError, NoInstanceAvailable, RequestTimeout
 from control_plane.fleet import Fleet
 from control_plane.job import Job, LaneKey
+from control_plane.live_state import LiveState
 from control_plane.pd_routing import PDRoutingStrategy
-from control_plane.policies import SchedulingPolicy, make_decision
+from control_plane.policies import Decided, SchedulingPolicy, decide, given
 from control_plane.queue import RequestQueue, set_key
 from control_plane.router import RequestRouter
 from control_plane.types import (
     ExecutionInstance,
     ExecutionInstanceType,
+    Leg,
     PDMetrics,
     RequestMetadata,
     RequestStatus,
     SchedulingDecision,
 )
 
-Launch = Callable[[Job, SchedulingDecision], None]
+_SCHEDULED: Final = RequestStatus.SCHEDULED
+_GENERAL: Final = ExecutionInstanceType.GENERAL
+_PREFILLING: Final = ExecutionInstanceType.PREFILLING
+Launch = Callable[[Job, Leg], None]
 Fail = Callable[[Job, ControlPlaneError], None]
 
 
 class Dispatcher:
-    """Binds queue, fleet, policy, PD routing and router. ``launch(job, decision)`` runs a decision; ``fail(job, error)`` ends a job
+    """Binds queue, fleet, policy, PD routing and router. ``launch(job, leg)`` runs a decision; ``fail(job, error)`` ends a job
     whose own policy or router failed, or took longer than ``queue_timeout_s`` since the job's arrival."""
 
     def __init__(
@@ -157,18 +163,18 @@ class Dispatcher:
 
     def decide(self, request: RequestMetadata, candidates: list[ExecutionInstance], key: float = 0.0) -> SchedulingDecision:
         """Where ``request`` goes, of ``candidates`` (not empty). Pure. Raises NoInstanceAvailable when none may take its phase."""
-        decision, _ = self._decide(request, list(affordable(request, candidates, self.fleet)), key)
-        return decision
+        decided, _ = self._decide(request, list(affordable(request, candidates, self.fleet)), key)
+        return decided.written_out(request.request_id)
 
     def _decide(
         self, request: RequestMetadata, candidates: list[ExecutionInstance], key: float, arrival_s: float | None = None
-    ) -> tuple[SchedulingDecision, ExecutionInstanceType | None]:
+    ) -> tuple[Decided, ExecutionInstanceType | None]:
         fleet, policy = self.fleet, self._policy
         given = candidates
         if request.preferred_instance_id is not None or request.parallelism_hint is not None:
             candidates = preferred(request, candidates, fleet)
         candidates = policy.narrow(request, candidates, fleet, arrival_s) or candidates
-        role, phase = ExecutionInstanceType.GENERAL, None
+        role, phase = _GENERAL, None
         if self.pd_router is not None:
             phase, fit, _ = self.pd_router.narrow(request, candidates)
             # what is preferred or cheapest is no reason to wait when its role is full
@@ -178,8 +184,8 @@ class Dispatcher:
                 raise NoInstanceAvailable("every instance for this phase is at its limit")
         router = self._router
         placement = router.place(request, candidates, fleet)
-        decision = make_decision(request, placement, fleet, key=key, policy=policy.name, router=router.name, role=role)
-        return decision, phase
+        decided = decide(request, placement, fleet, key=key, policy=policy.name, router=router.name, role=role)
+        return decided, phase
 
     # ---- serving
 
@@ -241,8 +247,8 @@ class Dispatcher:
                 candidates = list(affordable(job.request, candidates, self.fleet))
             if self._places_itself or self._selects_async:
                 return self._place_in_task(job, candidates)
-            decision, phase = self._decide(job.request, candidates, job.key, job.arrival_s)
-            if self._checks_place and not self._has_place(job, decision, None):
+            decided, phase = self._decide(job.request, candidates, job.key, job.arrival_s)
+            if self._checks_place and not self._has_place(job, decided.leg.instance_id, None):
                 return False
         except NoInstanceAvailable:
             return False  # those that would do have no room now
@@ -251,7 +257,7 @@ class Dispatcher:
         except Exception as error:
             self._fail(job, self._blamed(error))
             return True
-        self._start(job, decision, phase)
+        self._start(job, decided, phase)
         return True
 
     def _fail_unaffordable(self, job: Job) -> bool:
@@ -263,29 +269,31 @@ class Dispatcher:
             return True
         return False
 
-    def _start(self, job: Job, decision: SchedulingDecision, phase: ExecutionInstanceType | None) -> None:
+    def _start(self, job: Job, decided: Decided, phase: ExecutionInstanceType | None) -> None:
         if job.queued:
             self.queue.pop(job, self.fleet.now_s)
-        job.decision = decision
+        job.decided = decided
+        job.cost_usd = decided.estimated_cost
         job.phase = phase
-        instance = self.fleet.get(decision.instance_id)
+        instance = self.fleet.get(decided.instance_id)
         if instance is not None:
             # its own work only: what it waits for is already counted by those that it waits for
-            service_ms = decision.service_ms
+            service_ms = decided.service_ms
             if service_ms is None:
-                service_ms = max(0.0, decision.estimated_latency_ms - self.fleet.predictor.wait_ms(instance))
+                service_ms = max(0.0, decided.estimated_latency_ms - self.fleet.predictor.wait_ms(instance))
             job.predicted_ms = service_ms
-            if instance.decoding_config is not None or job.filled_in:
+            live: LiveState = instance
+            if live.decoding_config is not None or job.filled_in:
                 lend_target(job, instance)
-        job.state = RequestStatus.SCHEDULED
+        job.state = _SCHEDULED
         if phase is not None:
             self._count_phase(phase, instance)
-        self._launch(job, decision)
+        self._launch(job, decided.leg)
 
     def _count_phase(self, phase: ExecutionInstanceType, instance: ExecutionInstance | None) -> None:
         metrics = self.pd_metrics
         specialised = instance is not None and instance.instance_type == phase
-        if phase is ExecutionInstanceType.PREFILLING:
+        if phase is _PREFILLING:
             metrics.total_prefilling_requests += 1
             metrics.prefilling_on_specialised += specialised
         else:
@@ -295,10 +303,9 @@ class Dispatcher:
 
     # ---- policies and routers of the user's own
 
-    def _has_place(self, job: Job, decision: SchedulingDecision, phase: str | None) -> bool:
-        """Whether there is room where ``decision`` says. Raises ControlPlaneError for an instance that may not have the request at
+    def _has_place(self, job: Job, chosen: str, phase: str | None) -> bool:
+        """Whether there is room on the instance ``chosen``. Raises ControlPlaneError for an instance that may not have the request at
         all: what the user's own code answers does not make a server serve another model."""
-        chosen = decision.plan.answering.instance_id
         instance, lane = self.fleet.get(chosen), job.lane
         if instance is None:
             raise ControlPlaneError(f"{self._asked()} chose {chosen!r}, which is not registered")
@@ -315,7 +322,7 @@ class Dispatcher:
         if self._placing_of[model] >= free:
             return False
         self.queue.pop(job, self.fleet.now_s)
-        job.state = RequestStatus.SCHEDULED
+        job.state = _SCHEDULED
         task = asyncio.get_running_loop().create_task(self._ask(job, candidates))
         self._placing.add(task)
         self._placing_of[model] += 1
@@ -336,16 +343,16 @@ class Dispatcher:
             async with limit:
                 decision, phase = await self._ask_user(job, candidates)
                 # others may have been placed there meanwhile, or it insists on one that was not among the candidates
-                while not (self._has_place(job, decision, phase) and self._is_usable(job, decision)):
+                while not (self._has_place(job, decision.plan.answering.instance_id, phase) and self._is_usable(job, decision)):
                     candidates = await self._candidates_again(job)
                     decision, phase = await self._ask_user(job, candidates)
         except Exception as error:
-            if job.state is RequestStatus.SCHEDULED:
+            if job.state is _SCHEDULED:
                 late = RequestTimeout(f"was not placed within {self._queue_timeout_s:g} s") if limit.expired() else None
                 self._fail(job, late or self._blamed(error))
             return
-        if job.state is RequestStatus.SCHEDULED:
-            self._start(job, decision, phase)
+        if job.state is _SCHEDULED:
+            self._start(job, given(decision), phase)
 
     async def _ask_user(self, job: Job, candidates: list[ExecutionInstance]) -> tuple[SchedulingDecision, ExecutionInstanceType | None]:
         phase: ExecutionInstanceType | None = None

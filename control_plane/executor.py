@@ -11,122 +11,29 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from random import Random
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 from control_plane.admission import kind_of, validate_request
+from control_plane.attempts import Attempts
 from control_plane.clock import Clock, SystemClock
 from control_plane.engines import AnswerSink, OpenAICompatibleEngine, build_wire
-from control_plane.errors import ControlPlaneError, InstanceFailed, InstanceNotFound
+from control_plane.errors import InstanceFailed, InstanceNotFound
 from control_plane.field_rules import wrong
 from control_plane.fleet import Fleet, HealthSettings, parse_models
-from control_plane.job import Job
 from control_plane.prediction import LatencyPredictor
-from control_plane.protocols import Call, Engine, EngineOutcome, EventSink, Headers, Predictor, PrefixMatches
+from control_plane.protocols import Engine, EventSink, Predictor, PrefixMatches
 from control_plane.transport import ClientLimits, HttpClient
 from control_plane.types import (
     ExecutionInstance,
     ExecutionInstanceType,
     Leg,
     RequestMetadata,
-    RequestStatus,
     SchedulingDecision,
 )
 
 EngineFactory = Callable[[ExecutionInstance], Engine]
 #: replaced engines that are kept to be closed at the end; what an older one keeps open ends by its own time limits
 MAX_REPLACED = 64
-
-
-class AttemptListener(Protocol):
-    """Who started an attempt and hears its end, once."""
-
-    def attempt_finished(self, attempt: Attempt, outcome: EngineOutcome) -> None: ...
-    def attempt_failed(self, attempt: Attempt, error: ControlPlaneError) -> None: ...
-
-
-class Attempt:
-    """One try of a request on one instance: a Sink between the engine and the caller's sink that counts and keeps the books."""
-
-    __slots__ = (
-        "_executor",
-        "_listener",
-        "_settled",
-        "backlog_ms",
-        "batch",
-        "call",
-        "chunk",
-        "frame",
-        "instance",
-        "job",
-        "sent",
-        "started_s",
-    )
-
-    def __init__(self, job: Job, instance: ExecutionInstance, executor: ExecutionCoordinator, listener: AttemptListener) -> None:
-        self.job = job
-        self.instance = instance
-        self._executor = executor
-        self._listener = listener
-        self._settled = False
-        self.call: Call | None = None
-        self.started_s = job.scheduled_s or executor.clock.now_s()
-        #: predicted work there when this one came, and the requests in flight there with it
-        self.backlog_ms = instance.outstanding_ms
-        self.batch = float(instance.active_requests + 1)
-        #: something has reached the caller's sink: from here on the request cannot be tried elsewhere
-        self.sent = False
-        #: bytes go from the engine to the caller's sink without a frame of ours in between
-        self.chunk: Callable[[bytes], None] = job.sink.chunk
-        self.frame: Callable[[bytes, bytes], None] | None = getattr(job.sink, "frame", None)
-        executor.opened(self)
-
-    def started(self, status: int, headers: Headers, call: Call) -> None:
-        self.sent = True
-        self.call = call
-        self.job.sink.started(status, headers, call)
-
-    def tokens(self, n: int, first_s: float, last_s: float) -> None:
-        job = self.job
-        if not job.first_token_s:
-            job.first_token_s = first_s
-        job.last_token_s = last_s
-        job.output_tokens += n
-        job.sink.tokens(n, first_s, last_s)
-
-    def finished(self, outcome: EngineOutcome) -> None:
-        if self._settle():
-            self._executor.count(failed=False)
-            self._listener.attempt_finished(self, outcome)
-
-    def failed(self, error: ControlPlaneError) -> None:
-        if self._settle():
-            self._executor.count(failed=True)
-            self._listener.attempt_failed(self, error)
-
-    def cancel(self) -> None:
-        """Stop the engine's work; the listener hears nothing."""
-        call = self.call
-        if self._settle() and call is not None:
-            call.cancel()
-
-    def give_up(self, error: ControlPlaneError) -> None:
-        """Stop the engine's work and report ``error``."""
-        call = self.call
-        if call is not None:
-            call.cancel()
-        self.failed(error)
-
-    @property
-    def settled(self) -> bool:
-        return self._settled
-
-    def _settle(self) -> bool:
-        if self._settled:
-            return False
-        self._settled = True
-        self.call = None
-        self._executor.closed(self)
-        return True
 
 
 class ExecutionCoordinator:
@@ -166,11 +73,10 @@ class ExecutionCoordinator:
         #: engines of instances that are not registered, by id; another object of that id replaces the one before, which may still run
         self._loose: dict[str, tuple[ExecutionInstance, Engine]] = {}
         self._replaced: deque[Engine] = deque(maxlen=MAX_REPLACED)
-        self._running: dict[str, RequestMetadata] = {}
+        #: requests under way for a manager
+        self.attempts = Attempts(self.fleet, self.clock)
         #: those of ``execute_request``, apart: the manager may be running one of that id
         self._direct: dict[str, RequestMetadata] = {}
-        self._ended_requests = 0
-        self._failed_requests = 0
 
     def _http_engine(self, instance: ExecutionInstance) -> Engine:
         return OpenAICompatibleEngine(instance, self.clock, self._limits)
@@ -185,7 +91,7 @@ class ExecutionCoordinator:
     @property
     def active_requests(self) -> Mapping[str, RequestMetadata]:
         """Requests running on an engine now, by id (live, read only)."""
-        return MappingProxyType(ChainMap(self._running, self._direct))
+        return MappingProxyType(ChainMap(self.attempts.running, self._direct))
 
     @property
     def http_clients(self) -> dict[str, HttpClient]:
@@ -222,8 +128,8 @@ class ExecutionCoordinator:
             "healthy_instances": len(self.get_healthy_instances()),
             "available_instances": len(self.get_available_instances()),
             "active_requests": len(self.active_requests),
-            "completed_requests": self._ended_requests,
-            "failed_requests": self._failed_requests,
+            "completed_requests": self.attempts.ended,
+            "failed_requests": self.attempts.failed,
         }
 
     async def get_instance_info(self, instance: ExecutionInstance) -> dict[str, Any]:
@@ -245,42 +151,6 @@ class ExecutionCoordinator:
         return await self.fleet.check(found, self._engine_of(found))
 
     # ---- running
-
-    def start(self, job: Job, decision: SchedulingDecision, listener: AttemptListener) -> Attempt:
-        """Run ``job`` where ``decision`` says. Never raises: a failure comes to ``listener.attempt_failed``, maybe at once."""
-        leg = decision.plan.answering
-        instance, engine = self.fleet.serving(leg.instance_id)
-        attempt = Attempt(job, instance, self, listener)
-        job.instance = instance
-        try:
-            call = engine.start(leg, job.wire, attempt, job.request)
-        except Exception as error:  # an engine of the user's own, or a request that cannot be written: no reason to try it elsewhere
-            known = error if isinstance(error, ControlPlaneError) else None
-            attempt.failed(known or ControlPlaneError(f"{leg.instance_id}: the request could not be sent: {error!r}"))
-            return attempt
-        if attempt.call is None and not attempt.settled:
-            attempt.call = call
-        return attempt
-
-    def opened(self, attempt: Attempt) -> None:
-        """An attempt takes its place on its instance."""
-        job = attempt.job
-        # an answer that is not streamed shows nothing before its end: it runs from here on, and not from the first byte
-        job.state = RequestStatus.RUNNING
-        self._running[job.request_id] = job.shown
-        self.fleet.placed(attempt.instance, job.predicted_ms, job.phase)
-
-    def closed(self, attempt: Attempt) -> None:
-        """An attempt leaves its instance, however it ended."""
-        job = attempt.job
-        self._running.pop(job.request_id, None)
-        self.fleet.released(attempt.instance, job.predicted_ms, job.phase)
-
-    def count(self, *, failed: bool) -> None:
-        if failed:
-            self._failed_requests += 1
-        else:
-            self._ended_requests += 1
 
     async def execute_request(self, request: RequestMetadata, instance: ExecutionInstance, decision: SchedulingDecision) -> dict[str, Any]:
         """Run one request on one instance and return the engine's JSON, whatever the manager knows of its id.
@@ -314,7 +184,7 @@ class ExecutionCoordinator:
             del self._direct[key]
             if registered:
                 self.fleet.released(instance, decision.estimated_latency_ms, None)
-        self.count(failed=sink.error is not None)
+        self.attempts.count(failed=sink.error is not None)
         if sink.error is not None:
             raise sink.error
         assert sink.response is not None

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 import copy
 from datetime import datetime
-from typing import NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from control_plane.protocols import Call, Sink, WireRequest
 from control_plane.types import ExecutionInstance, RequestKind, RequestMetadata, RequestStatus, SchedulingDecision, Usage
+
+_PENDING: Final = RequestStatus.PENDING
 
 
 class LaneKey(NamedTuple):
@@ -21,6 +23,12 @@ class LaneKey(NamedTuple):
     avoid: frozenset[str] = frozenset()
 
 
+class Decided(Protocol):
+    """What dispatch went by; see ``policies.decision``."""
+
+    def written_out(self, request_id: str) -> SchedulingDecision: ...
+
+
 class Job:
     """``*_s`` are monotonic seconds; 0.0 means the point was not reached."""
 
@@ -28,7 +36,8 @@ class Job:
         "arrival_s",
         "attempts",
         "call",
-        "decision",
+        "cost_usd",
+        "decided",
         "end_s",
         "error",
         "filled_in",
@@ -88,7 +97,7 @@ class Job:
         self.relegated = False
         #: in a lane of the queue right now
         self.queued = False
-        self.state = RequestStatus.PENDING
+        self.state = _PENDING
         #: how often it was sent to an engine that it reached
         self.attempts = 0
         #: instances that it reached and that failed under it
@@ -99,11 +108,18 @@ class Job:
         self.output_tokens = 0
         self.predicted_ms = 0.0
         self.phase: str | None = None
-        self.decision: SchedulingDecision | None = None
+        self.decided: Decided | None = None
+        #: what it is predicted to cost where it runs
+        self.cost_usd = 0.0
         self.instance: ExecutionInstance | None = None
         self.call: Call | None = None
         self.usage: Usage | None = None
         self.error: Exception | None = None
+
+    @property
+    def decision(self) -> SchedulingDecision | None:
+        """Where it went and why; written out when somebody looks."""
+        return None if self.decided is None else self.decided.written_out(self.request_id)
 
     @property
     def shown(self) -> RequestMetadata:

@@ -10,8 +10,10 @@ import asyncio
 import copy
 import itertools
 from random import Random
+from typing import Final
 
 from control_plane.admission import admit
+from control_plane.attempts import Attempt, Attempts
 from control_plane.clock import Clock
 from control_plane.dispatch import Dispatcher
 from control_plane.engines import AnswerSink, build_wire
@@ -25,9 +27,9 @@ from control_plane.errors import (
     NoInstanceAvailable,
     RequestCancelled,
 )
-from control_plane.executor import Attempt, ExecutionCoordinator
-from control_plane.fleet import PrefixIndex
+from control_plane.fleet import Fleet, PrefixIndex
 from control_plane.job import Job, LaneKey
+from control_plane.live_state import LiveState
 from control_plane.observability.metrics import MetricsRecorder
 from control_plane.policies import SchedulingPolicy, call_hook
 from control_plane.prediction import LatencyPredictor
@@ -35,7 +37,7 @@ from control_plane.protocols import EngineOutcome, EventSink, Sink, WireRequest
 from control_plane.queue import RequestQueue, set_key
 from control_plane.records import FINAL_STATES, RequestRecords, status_info
 from control_plane.recovery import after_failure
-from control_plane.types import ExecutionInstance, RequestKind, RequestMetadata, RequestStatus, SchedulingDecision, Usage
+from control_plane.types import ExecutionInstance, Leg, RequestKind, RequestMetadata, RequestStatus, Usage
 
 #: weight of one request in an instance's mean latency
 LATENCY_WEIGHT = 0.1
@@ -43,6 +45,11 @@ LATENCY_WEIGHT = 0.1
 MAX_LANES = 1024
 #: a request that starts this soon after its arrival did not wait
 AT_ONCE_S = 0.001
+
+_QUEUED: Final = RequestStatus.QUEUED
+_COMPLETED: Final = RequestStatus.COMPLETED
+_FAILED: Final = RequestStatus.FAILED
+_CANCELLED: Final = RequestStatus.CANCELLED
 
 
 class RequestLifecycle:
@@ -54,7 +61,8 @@ class RequestLifecycle:
         *,
         clock: Clock,
         queue: RequestQueue,
-        executor: ExecutionCoordinator,
+        fleet: Fleet,
+        attempts: Attempts,
         records: RequestRecords,
         metrics: MetricsRecorder,
         predictor: LatencyPredictor,
@@ -74,8 +82,8 @@ class RequestLifecycle:
         self.closed = False
         self.drained: asyncio.Future[None] | None = None
         self._clock = clock
-        self._executor = executor
-        self._fleet = executor.fleet
+        self._fleet = fleet
+        self._runner = attempts
         self._metrics = metrics
         self._predictor = predictor
         self._prefixes = prefixes
@@ -139,7 +147,7 @@ class RequestLifecycle:
         else:
             owner.request_id = job.request_id
             job.stamp(arrival_time=arrival, queue_time=arrival, schedule_time=None, start_time=None, end_time=None)
-        job.state = RequestStatus.QUEUED
+        job.state = _QUEUED
         self.records.add(job)
         self._metrics.on_accepted(job)
         if room is not None:
@@ -179,7 +187,8 @@ class RequestLifecycle:
         wire = job.wire
         if not wire.path:
             request = job.request
-            job.wire = build_wire(request, job.lane.kind, job.lane.model, stream=wire.stream)._replace(path="")
+            built = build_wire(request, job.lane.kind, job.lane.model, stream=wire.stream)
+            job.wire = WireRequest("", built.body, wire.stream)
             # it is built again once it is judged, and until then the caller may change what is inside, too
             request.prompt, request.messages, request.input, request.extra_body = copy.deepcopy(
                 (request.prompt, request.messages, request.input, request.extra_body)
@@ -255,7 +264,7 @@ class RequestLifecycle:
             return
         left = self._leave(job)
         job.error = error or RequestCancelled("its caller left")
-        self._end(job, RequestStatus.CANCELLED)
+        self._end(job, _CANCELLED)
         self._metrics.on_cancelled(job)
         if error is not None:
             job.sink.failed(error)
@@ -325,7 +334,7 @@ class RequestLifecycle:
 
     # ---- running: called by the dispatcher and the executor
 
-    def launch(self, job: Job, decision: SchedulingDecision) -> None:
+    def launch(self, job: Job, leg: Leg) -> None:
         job.scheduled_s = now_s = self._clock.now_s()
         job.attempts += 1
         arrival = job.request.arrival_time if now_s - job.arrival_s < AT_ONCE_S else None
@@ -335,7 +344,7 @@ class RequestLifecycle:
         else:
             job.stamp(schedule_time=now, start_time=now)
         try:
-            attempt = self._executor.start(job, decision, self)
+            attempt = self._runner.start(job, leg, self)
         except ControlPlaneError as error:
             self.end_failed(job, error)
             return
@@ -357,10 +366,10 @@ class RequestLifecycle:
         self._learn(attempt, job, now_s)
         job.error = job.sink.error if isinstance(job.sink, AnswerSink) else None
         if job.error is not None:
-            self._end(job, RequestStatus.FAILED, now_s)
+            self._end(job, _FAILED, now_s)
             self._metrics.on_failed(job, job.error)
         else:
-            self._end(job, RequestStatus.COMPLETED, now_s)
+            self._end(job, _COMPLETED, now_s)
             self._metrics.on_finished(job)
         self._settled(job)
         self.dispatcher.room(attempt.instance)
@@ -371,7 +380,9 @@ class RequestLifecycle:
         assert usage is not None
         self._fleet.record_success(instance, now_s)
         latency_ms = (now_s - attempt.started_s) * 1000.0
-        instance.avg_latency_ms += LATENCY_WEIGHT * (latency_ms - instance.avg_latency_ms) if instance.avg_latency_ms else latency_ms
+        live: LiveState = instance
+        mean_ms: float = live.avg_latency_ms
+        live.avg_latency_ms = mean_ms + LATENCY_WEIGHT * (latency_ms - mean_ms) if mean_ms else latency_ms
         if usage.exact:
             job.input_tokens = usage.prompt_tokens
         if not predictor.wants_sample(instance, now_s):
@@ -424,7 +435,7 @@ class RequestLifecycle:
                 self.end_failed(job, NoInstanceAvailable(f"no engine could be reached for {waited}: {error}"))
                 return
         job.lane = job.lane._replace(avoid=avoid)
-        job.state = RequestStatus.QUEUED
+        job.state = _QUEUED
         job.first_token_s = job.last_token_s = 0.0
         job.output_tokens = 0
         self._metrics.on_retried(job)
@@ -459,10 +470,10 @@ class RequestLifecycle:
     def _end(self, job: Job, state: RequestStatus, now_s: float | None = None) -> None:
         job.state = state
         job.end_s = end_s = self._clock.now_s() if now_s is None else now_s
-        if job.owner is None:
-            job.request.end_time = self._clock.utc(end_s)
-        else:
+        if job.owner is not None:
             job.stamp(end_time=self._clock.utc(end_s))
+        elif self._tells_policy:
+            job.request.end_time = self._clock.utc(end_s)  # nobody else sees the request after this
         self.records.end(job)
 
     def end_failed(self, job: Job, error: ControlPlaneError) -> None:
@@ -470,7 +481,7 @@ class RequestLifecycle:
             return
         left = self._leave(job)
         job.error = error
-        self._end(job, RequestStatus.FAILED)
+        self._end(job, _FAILED)
         self._metrics.on_failed(job, error)
         job.sink.failed(error)
         self._settled(job)

@@ -154,7 +154,8 @@ class ControlPlaneManager:
         self._lifecycle = RequestLifecycle(
             clock=self.clock,
             queue=self.queue,
-            executor=self.executor,
+            fleet=self.executor.fleet,
+            attempts=self.executor.attempts,
             records=self._records,
             metrics=self.metrics,
             predictor=self.predictor,

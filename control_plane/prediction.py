@@ -10,10 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from control_plane import roofline
 from control_plane.errors import InvalidRequest
+from control_plane.live_state import LiveState
 from control_plane.types import ExecutionInstance, ExecutionInstanceType, RequestKind, RequestMetadata
 
 #: samples that the roofline prior counts as, and the memory of the learned lines, in samples
@@ -217,10 +218,10 @@ class LatencyPredictor:
 
     # -- instances ---------------------------------------------------------------------------------------------------------------
 
-    def _model(self, instance: ExecutionInstance) -> InstanceModel:
+    def _model(self, instance: LiveState) -> InstanceModel:
         found = self._instances.get(instance.instance_id)
         if found is None or found.model_name != instance.model_name:
-            found = _insert(self._instances, instance.instance_id, InstanceModel(instance), MAX_INSTANCES)
+            found = _insert(self._instances, instance.instance_id, InstanceModel(cast(ExecutionInstance, instance)), MAX_INSTANCES)
         return found
 
     def prefill_ms(self, instance: ExecutionInstance, tokens: int) -> float:
@@ -232,10 +233,11 @@ class LatencyPredictor:
         model = self._model(instance)
         return model.decode.fixed + model.decode.slope * (instance.active_requests + 1) / model.ranks
 
-    def wait_ms(self, instance: ExecutionInstance) -> float:
+    def wait_ms(self, instance: LiveState) -> float:
         """Until a newcomer's first token can start: the learned share of the work in flight there that it waits for."""
         model = self._model(instance)
-        return instance.outstanding_ms * model.wait_share / model.ranks
+        outstanding_ms: float = instance.outstanding_ms
+        return outstanding_ms * model.wait_share / model.ranks
 
     def service_ms(self, request: RequestMetadata, instance: ExecutionInstance) -> float:
         model = self._model(instance)
@@ -249,13 +251,16 @@ class LatencyPredictor:
         if inputs is None:
             inputs = self.input_tokens(request)
         outputs = self.output_tokens(request)
-        known, found = self._instances, []
+        known = self._instances
+        found: list[float] = []
         for instance in instances:
-            model = known.get(instance.instance_id)
-            if model is None or model.model_name != instance.model_name:
-                model = self._model(instance)
+            live: LiveState = instance
+            model = known.get(live.instance_id)
+            if model is None or (model.model_name is not live.model_name and model.model_name != live.model_name):
+                model = self._model(live)
             prefill, decode = model.prefill, model.decode
-            tpot_ms = decode.fixed + decode.slope * (instance.active_requests + 1) / model.ranks
+            in_flight: float = live.active_requests
+            tpot_ms = decode.fixed + decode.slope * (in_flight + 1.0) / model.ranks
             found.append(prefill.fixed + prefill.slope * inputs + outputs * tpot_ms)
         return found
 

@@ -8,36 +8,13 @@ All of it runs on one event loop, in one thread, so between view and decision no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from control_plane.errors import ControlPlaneError
-from control_plane.types import ExecutionInstance, Leg, RequestMetadata, Usage
-
-#: header names are lower case; values as they came
-Headers = Sequence[tuple[bytes, bytes]]
-
-
-class WireRequest(NamedTuple):
-    """What is sent to an engine. ``body`` is held once, as the bytes that came.
-
-    ``headers`` are those to pass on (authorization, x-request-id), with the content type where there are any; ``lines`` are the same
-    as they stand in a head, where somebody has them ready. ``stream``: the answer is an event stream. ``hide_usage``: the engine was
-    asked for a closing usage event that the client did not ask for.
-    """
-
-    path: str
-    body: bytes
-    stream: bool = False
-    hide_usage: bool = False
-    method: str = "POST"
-    headers: tuple[tuple[bytes, bytes], ...] = ()
-    lines: bytes = b""
-
-
-class EngineOutcome(NamedTuple):
-    """How one leg ended well. ``usage`` None: the engine told no token counts."""
-
-    usage: Usage | None = None
+from control_plane.types import ExecutionInstance, Leg, RequestMetadata
+from control_plane.wire_request import EngineOutcome as EngineOutcome
+from control_plane.wire_request import Headers as Headers
+from control_plane.wire_request import WireRequest as WireRequest
 
 
 class Call(Protocol):

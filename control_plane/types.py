@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import InitVar, dataclass, field
+from dataclasses import InitVar, dataclass, field, fields
 from datetime import datetime
 from enum import IntEnum, StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 from control_plane import field_rules
 from control_plane.errors import InvalidRequest
+from control_plane.live_state import LIVE_FIELDS, LiveState
 
 
 class RequestPriority(IntEnum):
@@ -323,7 +324,7 @@ class EngineStats:
 
 
 @dataclass(eq=False)
-class ExecutionInstance:
+class ExecutionInstance(LiveState):
     """One engine behind an HTTP address, and what the control plane knows of it.
 
     A registered object is live: what its owner sets counts from then on, and while started the fleet writes the state fields.
@@ -420,6 +421,11 @@ class ExecutionInstance:
                 raise field_rules.wrong(name, getattr(self, name), f"a {kind.__name__}(...), or None for its defaults")
         self.supported_request_types = _request_kinds(self.supported_request_types)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copy and pickle, which would not find what the compiled base keeps."""
+        state = {one.name: getattr(self, one.name) for one in fields(self)}
+        return _made_again, (type(self), {**vars(self), **state})
+
     @property
     def base_url(self) -> str:
         """``http://host:port``, without a trailing slash; an explicit ``url`` keeps its scheme and path."""
@@ -485,6 +491,13 @@ class ExecutionInstance:
         return True
 
 
+def _made_again(kind: type[ExecutionInstance], state: dict[str, Any]) -> ExecutionInstance:
+    instance = kind.__new__(kind)
+    for name, value in state.items():
+        setattr(instance, name, value)
+    return instance
+
+
 def _request_kinds(given: object) -> set[str] | None:
     if given is None:
         return None
@@ -507,6 +520,10 @@ def _set_healthy(instance: ExecutionInstance, value: bool) -> None:
 
 if not TYPE_CHECKING:  # a property under the name of an InitVar: accepted by the constructor, then derived from health_status
     ExecutionInstance.is_healthy = property(_get_healthy, _set_healthy)
+    # defaults are in the constructor; as attributes of the class they would hide those of the compiled base
+    for _name in LIVE_FIELDS:
+        if _name in vars(ExecutionInstance):
+            delattr(ExecutionInstance, _name)
 
 
 class Candidate(NamedTuple):

@@ -8,30 +8,12 @@ from __future__ import annotations
 
 import msgspec
 
+from control_plane.engines.usage_form import decode_usage
 from control_plane.types import Usage
 
 #: one event larger than this is not an event stream any more
 MAX_EVENT_BYTES = 16 * 1024 * 1024
 DONE = b"data: [DONE]"
-
-
-class _Details(msgspec.Struct):
-    cached_tokens: int | None = None
-
-
-class _RawUsage(msgspec.Struct):
-    """Usage in OpenAI's chat form, its responses form, and Anthropic's: whichever names are there."""
-
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    cache_read_input_tokens: int | None = None
-    prompt_tokens_details: _Details | None = None
-    input_tokens_details: _Details | None = None
-
-
-_decode_usage = msgspec.json.Decoder(_RawUsage).decode
 
 
 def find_usage(data: bytes) -> Usage | None:
@@ -65,7 +47,7 @@ def _closing_brace(data: bytes, start: int) -> int:
 
 def _read_usage(text: bytes) -> Usage | None:
     try:
-        raw = _decode_usage(text)
+        raw = decode_usage(text)
     except (msgspec.DecodeError, UnicodeDecodeError):
         return None
     details = raw.prompt_tokens_details or raw.input_tokens_details

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from control_plane.live_state import LiveState
 from control_plane.types import ExecutionInstance, ExecutionInstanceType
 
 _PREFILLING = ExecutionInstanceType.PREFILLING
@@ -10,7 +11,7 @@ _DECODING = ExecutionInstanceType.DECODING
 SOFT_CAPACITY = 256
 
 
-def count_in(instance: ExecutionInstance, predicted_ms: float, phase: str | None) -> None:
+def count_in(instance: LiveState, predicted_ms: float, phase: str | None) -> None:
     active = instance.active_requests = instance.active_requests + 1
     instance.outstanding_ms += predicted_ms
     if phase is not None:
@@ -22,7 +23,7 @@ def count_in(instance: ExecutionInstance, predicted_ms: float, phase: str | None
     instance.current_load = active / limit if active < limit else 1.0
 
 
-def count_out(instance: ExecutionInstance, predicted_ms: float, phase: str | None) -> None:
+def count_out(instance: LiveState, predicted_ms: float, phase: str | None) -> None:
     active = instance.active_requests - 1
     if active < 0:
         active = 0  # its owner set it

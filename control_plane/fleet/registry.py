@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from random import Random
-from typing import Any
+from typing import Any, Final
 
 from control_plane.clock import Clock
 from control_plane.errors import EngineError, InstanceFailed, InstanceNotFound, InvalidRequest
@@ -18,11 +18,13 @@ from control_plane.fleet.selection import ModelIndex, pick, roomy, sample
 from control_plane.fleet.settings import HealthSettings
 from control_plane.fleet.status import Listener, StatusBook
 from control_plane.job import LaneKey
+from control_plane.live_state import LiveState
 from control_plane.protocols import Engine, EventSink, Predictor, PrefixMatches
 from control_plane.roofline import profile as catalogued
 from control_plane.types import ExecutionInstance, HealthStatus, RequestKind
 from control_plane.view import NoPrefixes
 
+_HEALTHY: Final = HealthStatus.HEALTHY
 _ANSWERS = (HealthStatus.HEALTHY, HealthStatus.DRAINING)
 
 
@@ -236,7 +238,8 @@ class Fleet:
         count_out(instance, predicted_ms, phase)
         if self._status.trials and (record := self._status.trials.get(instance.instance_id)) is not None:
             record.trial_placed = max(0, record.trial_placed - 1)
-        if not instance.active_requests and (self._leaving or instance.health_status is not HealthStatus.HEALTHY):
+        live: LiveState = instance
+        if not live.active_requests and (self._leaving or live.health_status is not _HEALTHY):
             self._emptied(instance)
 
     def _emptied(self, instance: ExecutionInstance) -> None:

@@ -9,36 +9,17 @@ import asyncio
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-
-import msgspec
+from typing import Final
 
 from control_plane.clock import Clock
+from control_plane.gateway.access_line import Line, LineWriter
 from control_plane.protocols import EventSink
 
 FLUSH_INTERVAL_S = 0.5
 FLUSH_BYTES = 64 * 1024
 #: lines kept while the disk does not take them; beyond it the newest are dropped
 MAX_WAITING_BYTES = 8 * 1024 * 1024
-
-
-class Line(msgspec.Struct, omit_defaults=True, gc=False):
-    """One request. Milliseconds from acceptance; no text of prompts or answers, ever."""
-
-    time: str
-    request_id: str
-    method: str
-    path: str
-    status: int
-    total_ms: float
-    code: str = ""
-    tenant: str = ""
-    model: str = ""
-    instance: str = ""
-    queue_ms: float | None = None
-    ttft_ms: float | None = None
-    input_tokens: int | None = None
-    output_tokens: int | None = None
-    attempts: int = 1
+_MILLIS: Final = [f".{ms:03d}Z" for ms in range(1000)]
 
 
 class AccessLog:
@@ -48,8 +29,8 @@ class AccessLog:
         self._epoch_s = clock.utc(0.0).timestamp()
         self._events = events
         self._path = Path(path) if path is not None else None
-        self._encode = msgspec.json.Encoder().encode
-        self._lines: list[bytes] = []
+        self._writer = LineWriter()
+        self._lines: list[str] = []
         self._bytes = 0
         self._timer: asyncio.TimerHandle | None = None
         self._writing: asyncio.Future[None] | None = None
@@ -65,16 +46,16 @@ class AccessLog:
         if second != self._second:
             self._second = second
             self._second_text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S")
-        return f"{self._second_text}.{int((wall_s - second) * 1000):03d}Z"
+        return self._second_text + _MILLIS[int((wall_s - second) * 1000.0)]
 
-    def write(self, line: Line) -> None:
-        """Note a line; cheap, never raises for what the disk does."""
+    def write(self, now_s: float, line: Line) -> None:
+        """Note a line at the monotonic time ``now_s``; cheap, never raises for what the disk does."""
         if self._bytes >= MAX_WAITING_BYTES:
             self.dropped += 1
             return
-        data = self._encode(line)
-        self._lines.append(data)
-        self._bytes += len(data) + 1
+        text = self._writer.text(self.stamp(now_s), line)
+        self._lines.append(text)
+        self._bytes += len(text) + 1
         if self._timer is None and self._writing is None:
             self._timer = asyncio.get_running_loop().call_later(FLUSH_INTERVAL_S, self._flush)
         elif self._bytes >= FLUSH_BYTES and self._writing is None:
@@ -95,7 +76,7 @@ class AccessLog:
         if not self._lines or self._writing is not None:
             return
         lines, self._lines, self._bytes = self._lines, [], 0
-        data = b"\n".join(lines) + b"\n"
+        data = ("\n".join(lines) + "\n").encode()
         self._writing = asyncio.get_running_loop().run_in_executor(None, self._append, data)
         self._writing.add_done_callback(lambda done: self._written(done, len(lines)))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
@@ -38,14 +37,17 @@ _media = re.compile(rb";base64,[A-Za-z0-9+/=_-]*")
 _at = re.compile(r" - at `\$\.?(\w*)").search
 
 
-class Ask(NamedTuple):
+class Ask:
     """A request as read: what it is about, and the body to send on."""
 
-    request: RequestMetadata
-    body: bytes
-    stream: bool
-    hide_usage: bool
-    previous_response_id: str | None
+    __slots__ = ("body", "hide_usage", "previous_response_id", "request", "stream")
+
+    def __init__(self, request: RequestMetadata, body: bytes, stream: bool, hide_usage: bool, previous_response_id: str | None) -> None:
+        self.request = request
+        self.body = body
+        self.stream = stream
+        self.hide_usage = hide_usage
+        self.previous_response_id = previous_response_id
 
 
 #: our members of a body, with the field of RequestMetadata that each sets

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 
 from control_plane.errors import ControlPlaneError, Draining, InvalidRequest
-from control_plane.gateway.access_log import AccessLog, Line
+from control_plane.gateway.access_line import Line
+from control_plane.gateway.access_log import AccessLog
 from control_plane.gateway.cors import Cors
 from control_plane.gateway.endpoints import ANY, Endpoint, in_anthropic_api
 from control_plane.gateway.guard import ClientKeys
@@ -80,10 +81,15 @@ class Relay:
             self._turn_away(exchange, endpoint, request_id, headers, error)
             return
         exchange.body = b""  # an edited body is a second one; only what is sent on is held
-        kind = ResponsesSink if endpoint.responses else ClientSink
-        sink = kind(exchange, endpoint, request_id, self, stream=ask.stream, explain=known.explain, extra_headers=known.cors)
-        if isinstance(sink, ResponsesSink):
-            sink.remember_in(self.homes)
+        sink: ClientSink
+        if endpoint.responses:
+            watching = ResponsesSink(
+                exchange, endpoint, request_id, self, stream=ask.stream, explain=known.explain, extra_headers=known.cors
+            )
+            watching.remember_in(self.homes)
+            sink = watching
+        else:
+            sink = ClientSink(exchange, endpoint, request_id, self, stream=ask.stream, explain=known.explain, extra_headers=known.cors)
         if pinned is not None:
             sink.gone = gone(ask.previous_response_id or "", pinned, "previous_response_id")
         id_bytes = request_id.encode()
@@ -197,7 +203,7 @@ class Relay:
     def note(self, request_id: str, method: str, path: str, status: int, code: str, total_ms: float = 0.0) -> None:
         """One line of the access log, for what no engine was asked."""
         if self._log is not None:
-            self._log.write(Line(self._log.stamp(self._clock.now_s()), request_id, method, path[:200], status, total_ms, code))
+            self._log.write(self._clock.now_s(), Line(request_id, method, path[:200], status, total_ms, code))
 
     def _keep_waiting(self, sink: ClientSink, interval_s: float) -> None:
         def tick() -> None:
@@ -223,24 +229,24 @@ class Relay:
         job, exchange = sink.job, sink.exchange
         assert exchange is not None
         now_s = self._clock.now_s()
-        line = Line(log.stamp(now_s), sink.request_id, exchange.method, exchange.path[:200], status, 0.0, code)
+        line = Line(sink.request_id, exchange.method, exchange.path[:200], status, 0.0, code)
         if job is not None:
             arrival_s = job.arrival_s
-            line.total_ms = _ms(now_s - arrival_s)
+            line.total_ms = (now_s - arrival_s) * 1000.0
             line.tenant = job.request.tenant[:128]
             line.model = job.lane.model
             line.attempts = job.attempts
             if job.instance is not None:
                 line.instance = job.instance.instance_id
-                line.queue_ms = _ms(job.scheduled_s - arrival_s)
+                line.queue_ms = (job.scheduled_s - arrival_s) * 1000.0
             if job.first_token_s:
-                line.ttft_ms = _ms(job.first_token_s - arrival_s)
+                line.ttft_ms = (job.first_token_s - arrival_s) * 1000.0
             if job.usage is not None:
                 line.input_tokens = job.usage.prompt_tokens
                 line.output_tokens = job.usage.completion_tokens
             else:
                 line.output_tokens = job.output_tokens
-        log.write(line)
+        log.write(now_s, line)
 
     async def drain(self, grace_s: float) -> None:
         """Refuse newcomers, wait until every open answer has ended, and end what is left after ``grace_s`` with a 503."""
@@ -253,8 +259,3 @@ class Relay:
                 for sink in list(self.open):
                     if sink.job is not None:
                         self.manager.fail(sink.job, Draining("This gateway shut down before the answer was complete."))
-
-
-def _ms(seconds: float) -> float:
-    """Milliseconds to one place; ``round`` costs four times as much."""
-    return int(seconds * 10_000.0) / 10.0

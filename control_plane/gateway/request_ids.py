@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import secrets
-from itertools import count
 
 #: what may be echoed into a header and a log line: visible ASCII, of bounded length
 _FIT = re.compile(rb"[!-~]{1,128}").fullmatch
@@ -13,14 +12,15 @@ _FIT = re.compile(rb"[!-~]{1,128}").fullmatch
 class RequestIds:
     """Makes ids that no other process makes: a random prefix and a counter. Costs 0.2 µs where a uuid4 costs 2."""
 
-    __slots__ = ("_next", "_prefix")
+    __slots__ = ("_made", "_prefix")
 
     def __init__(self, prefix: str | None = None) -> None:
         self._prefix = prefix if prefix is not None else f"req-{secrets.token_hex(6)}-"
-        self._next = count(1).__next__
+        self._made = 0
 
     def new(self) -> str:
-        return f"{self._prefix}{self._next():x}"
+        self._made += 1
+        return self._prefix + hex(self._made)[2:]
 
     def take(self, given: bytes | None) -> str:
         """``given`` as it came when it is fit, else a new id."""

@@ -174,10 +174,12 @@ class ClientSink:
             return head_bytes(b"", self._own_headers())
         queue_ms = (job.scheduled_s - job.arrival_s) * 1000.0
         # the id is visible ASCII, as the relay has seen to
-        return b"x-request-id: %b\r\nx-instance-id: %b\r\nx-queue-ms: %.1f\r\n" % (
+        tenths = int(queue_ms * 10.0)
+        return b"x-request-id: %b\r\nx-instance-id: %b\r\nx-queue-ms: %d.%d\r\n" % (
             self.request_id.encode(),
             header_text(job.instance.instance_id),
-            queue_ms,
+            tenths // 10,
+            tenths % 10,
         )
 
     def _own_headers(self) -> list[Header]:

@@ -102,7 +102,7 @@ class MetricsRecorder:
         self._cell(job).accepted += 1
 
     def on_finished(self, job: Job) -> None:
-        """The request was answered: ``end_s``, usage and decision are set."""
+        """The request was answered: ``end_s``, usage and cost are set."""
         end_s = job.end_s
         if end_s >= self._window.current_ends_s:
             self._advance(end_s)
@@ -225,9 +225,9 @@ class MetricsRecorder:
             instance = self._instance_cell(job.instance.instance_id)
             instance.completed += 1
             instance.output_tokens += made
-        if job.decision is not None and job.decision.estimated_cost:
-            cell.cost_usd += job.decision.estimated_cost
-            self.cost_usd += job.decision.estimated_cost
+        if job.cost_usd:
+            cell.cost_usd += job.cost_usd
+            self.cost_usd += job.cost_usd
 
     def _keep_times(self, job: Job, cell: ModelCell) -> None:
         arrival_s = job.arrival_s

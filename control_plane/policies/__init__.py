@@ -6,7 +6,7 @@ from control_plane.loading import load_object, unknown_name
 from control_plane.policies.adaptive import AdaptivePolicy
 from control_plane.policies.base import SchedulingPolicy
 from control_plane.policies.cost_optimized import CostOptimizedPolicy
-from control_plane.policies.decision import make_decision
+from control_plane.policies.decision import Decided, decide, given, make_decision
 from control_plane.policies.fifo import FIFOPolicy
 from control_plane.policies.foreign import ForeignPolicy
 from control_plane.policies.hooks import call_hook
@@ -21,12 +21,15 @@ __all__ = [
     "POLICIES",
     "AdaptivePolicy",
     "CostOptimizedPolicy",
+    "Decided",
     "FIFOPolicy",
     "PriorityPolicy",
     "SLOAwarePolicy",
     "SchedulingPolicy",
     "call_hook",
     "create_policy",
+    "decide",
+    "given",
     "make_decision",
 ]
 

@@ -1,13 +1,13 @@
-"""From a router's placement to the full decision that is kept, shown and replayed."""
+"""From a router's placement to the decision that dispatch goes by, and to the full one that is kept, shown and replayed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Final
 
+from control_plane.live_state import LiveState
 from control_plane.protocols import FleetView
-from control_plane.router.base import Placement
+from control_plane.router.placement import Placement
 from control_plane.types import (
     ExecutionInstance,
     ExecutionInstanceType,
@@ -19,32 +19,105 @@ from control_plane.types import (
     SchedulingDecision,
 )
 
-
-class PlacedDecision(SchedulingDecision):
-    """What dispatch decided. The parts that only people read (candidates, reason, confidence, layout) are written out when they are
-    looked at, from the figures that the decision went by."""
-
-    def __getattr__(self, name: str) -> Any:
-        placement: Placement | None = self.__dict__.get("_placement")
-        if placement is None or name not in _WRITTEN_OUT:
-            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
-        self.__dict__[name] = value = _WRITTEN_OUT[name](self, placement)
-        return value
+_GENERAL: Final = ExecutionInstanceType.GENERAL
 
 
-def _reason(decision: SchedulingDecision, placement: Placement) -> str:
-    role = decision.plan.answering.role
-    name = placement.instance.instance_id
-    where = name if role is ExecutionInstanceType.GENERAL else f"{role} on {name}"
-    return f"{decision.policy} order, {where}: {placement.reason}"
+class Decided:
+    """What dispatch goes by. The :class:`SchedulingDecision` that people see is written out when somebody looks at it, from the figures
+    that this went by."""
+
+    __slots__ = (
+        "_decision",
+        "_placement",
+        "estimated_cost",
+        "estimated_latency_ms",
+        "instance_id",
+        "key",
+        "leg",
+        "policy",
+        "router",
+        "service_ms",
+    )
+
+    def __init__(
+        self, instance_id: str, leg: Leg, estimated_latency_ms: float, service_ms: float | None, estimated_cost: float, key: float
+    ) -> None:
+        self.instance_id = instance_id
+        #: the part of the plan that answers the client
+        self.leg = leg
+        self.estimated_latency_ms = estimated_latency_ms
+        #: the request's own service there in predicted milliseconds, without waiting; None where only the sum was told
+        self.service_ms = service_ms
+        self.estimated_cost = estimated_cost
+        self.key = key
+        self.policy = ""
+        self.router = ""
+        self._placement: Placement | None = None
+        self._decision: SchedulingDecision | None = None
+
+    def written_out(self, request_id: str) -> SchedulingDecision:
+        if self._decision is not None:
+            return self._decision
+        placement, leg = self._placement, self.leg
+        assert placement is not None
+        where = leg.instance_id if leg.role is _GENERAL else f"{leg.role} on {leg.instance_id}"
+        self._decision = SchedulingDecision(
+            instance_id=self.instance_id,
+            request_id=request_id,
+            priority=self.key,
+            estimated_latency_ms=self.estimated_latency_ms,
+            parallelism_config=parallelism_of(placement.instance),
+            estimated_cost=self.estimated_cost,
+            reason=f"{self.policy} order, {where}: {placement.reason}",
+            confidence=confidence_of(placement),
+            plan=Plan((leg,)),
+            candidates=placement.candidates,
+            policy=self.policy,
+            router=self.router,
+            service_ms=self.service_ms,
+        )
+        return self._decision
 
 
-_WRITTEN_OUT: dict[str, Callable[[SchedulingDecision, Placement], Any]] = {
-    "candidates": lambda _, placement: placement.candidates,
-    "reason": _reason,
-    "confidence": lambda _, placement: confidence_of(placement),
-    "parallelism_config": lambda _, placement: parallelism_of(placement.instance),
-}
+def decide(
+    request: RequestMetadata,
+    placement: Placement,
+    view: FleetView,
+    *,
+    key: float = 0.0,
+    policy: str = "",
+    router: str = "",
+    role: ExecutionInstanceType = _GENERAL,
+) -> Decided:
+    """``estimated_latency_ms`` is the wait for the first token's turn there plus the service; ``estimated_cost`` US dollars."""
+    instance = placement.instance
+    live: LiveState = instance
+    predictor = view.predictor
+    service_ms = placement.service_ms
+    if service_ms is None:
+        service_ms = predictor.service_ms(request, instance)
+    instance_id: str = live.instance_id
+    wait_ms = predictor.wait_ms(instance) if live.outstanding_ms else 0.0
+    cost_usd = predictor.cost_usd(request, instance) if live.price_per_gpu_hour_usd else 0.0
+    decided = Decided(instance_id, leg_of(instance_id, role), wait_ms + service_ms, service_ms, cost_usd, key)
+    decided.policy = policy
+    decided.router = router
+    decided._placement = placement
+    return decided
+
+
+def given(decision: SchedulingDecision) -> Decided:
+    """A decision that a policy or router of the user's own made."""
+    decided = Decided(
+        decision.instance_id,
+        decision.plan.answering,
+        decision.estimated_latency_ms,
+        decision.service_ms,
+        decision.estimated_cost,
+        decision.priority,
+    )
+    decided._decision = decision
+    return decided
 
 
 def make_decision(
@@ -55,35 +128,16 @@ def make_decision(
     key: float = 0.0,
     policy: str = "",
     router: str = "",
-    role: ExecutionInstanceType = ExecutionInstanceType.GENERAL,
+    role: ExecutionInstanceType = _GENERAL,
 ) -> SchedulingDecision:
-    """``estimated_latency_ms`` is the wait for the first token's turn there plus the service; ``estimated_cost`` US dollars."""
-    instance = placement.instance
-    predictor = view.predictor
-    service_ms = placement.service_ms
-    if service_ms is None:
-        service_ms = predictor.service_ms(request, instance)
-    decision: PlacedDecision = object.__new__(PlacedDecision)
-    # one update of the instance dict: a frozen dataclass's own __init__ costs many times as much, and this is the hot path
-    decision.__dict__.update(
-        instance_id=instance.instance_id,
-        request_id=request.request_id,
-        priority=key,
-        estimated_latency_ms=predictor.wait_ms(instance) + service_ms,
-        service_ms=service_ms,
-        estimated_cost=predictor.cost_usd(request, instance) if instance.price_per_gpu_hour_usd else 0.0,
-        plan=one_leg(instance.instance_id, role),
-        policy=policy,
-        router=router,
-        _placement=placement,
-    )
-    return decision
+    """:func:`decide`, written out."""
+    return decide(request, placement, view, key=key, policy=policy, router=router, role=role).written_out(request.request_id)
 
 
 @lru_cache(maxsize=4096)
-def one_leg(instance_id: str, role: ExecutionInstanceType) -> Plan:
-    """The plan in which one instance does all."""
-    return Plan((Leg(instance_id, role),))
+def leg_of(instance_id: str, role: ExecutionInstanceType) -> Leg:
+    """The leg of a plan in which one instance does all."""
+    return Leg(instance_id, role)
 
 
 def confidence_of(placement: Placement) -> float:

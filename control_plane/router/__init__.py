@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from control_plane.router.affinity import Affinity
-from control_plane.router.base import Placement, RoutingStrategy
+from control_plane.router.base import RoutingStrategy
 from control_plane.router.foreign import ForeignStrategy
 from control_plane.router.least_response_time import LeastResponseTime
 from control_plane.router.load_balanced import LoadBalanced
 from control_plane.router.load_balancer import LoadBalancer
 from control_plane.router.locality import Locality
+from control_plane.router.placement import Placement
 from control_plane.router.power_of_two import PowerOfTwo
 from control_plane.router.random_choice import RandomChoice
 from control_plane.router.request_router import RequestRouter

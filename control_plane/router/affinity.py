@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from control_plane.errors import InvalidRequest
 from control_plane.protocols import FleetView
-from control_plane.router.base import Placement, RoutingStrategy, record_around
+from control_plane.router.base import RoutingStrategy
+from control_plane.router.placement import Placement, record_around
 from control_plane.router.ring import RingCache, owner_within_bound
 from control_plane.types import ExecutionInstance, RequestMetadata
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from control_plane.errors import InvalidRequest
 from control_plane.protocols import FleetView
-from control_plane.router.base import Placement, RoutingStrategy, accepts_phase, chosen_of, placement_of
+from control_plane.router.base import RoutingStrategy, accepts_phase, chosen_of, placement_of
+from control_plane.router.placement import Placement
 from control_plane.types import ExecutionInstance, RequestMetadata
 
 

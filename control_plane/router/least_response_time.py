@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from random import Random
 
 from control_plane.protocols import FleetView
-from control_plane.router.base import Placement, RoutingStrategy, least, recorded, sample_note, sampled
+from control_plane.router.base import RoutingStrategy
+from control_plane.router.placement import Placement, least, recorded, sample_note, sampled
 from control_plane.types import ExecutionInstance, RequestMetadata
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from random import Random
 
 from control_plane.protocols import FleetView
-from control_plane.router.base import SAMPLE_ABOVE, Placement, RoutingStrategy, ScoredPlacement, least, sampled, work_ms
+from control_plane.router.base import RoutingStrategy
+from control_plane.router.placement import SAMPLE_ABOVE, Placement, ScoredPlacement, least, sampled, work_ms
 from control_plane.types import ExecutionInstance, RequestMetadata
 
 #: candidates that differ by less than this share of the request's own service count as equal and take turns

@@ -9,7 +9,8 @@ from control_plane.admission import eligible
 from control_plane.pd_routing import for_phase
 from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import FleetView
-from control_plane.router.base import Placement, RoutingStrategy, accepts_phase, placement_of
+from control_plane.router.base import RoutingStrategy, accepts_phase, placement_of
+from control_plane.router.placement import Placement
 from control_plane.router.table import ROUTERS, create_strategy
 from control_plane.types import ExecutionInstance, RequestMetadata
 from control_plane.view import StaticView

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import xxhash
 
 from control_plane.protocols import FleetView
-from control_plane.router.base import SAMPLE_ABOVE, SAMPLE_SIZE
+from control_plane.router.placement import SAMPLE_ABOVE, SAMPLE_SIZE
 from control_plane.types import ExecutionInstance
 
 POINTS_PER_INSTANCE = 64

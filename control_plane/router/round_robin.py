@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from control_plane.protocols import FleetView
-from control_plane.router.base import SAMPLE_ABOVE, SAMPLE_SIZE, Placement, RoutingStrategy, record_around, sample_note
+from control_plane.router.base import RoutingStrategy
+from control_plane.router.placement import SAMPLE_ABOVE, SAMPLE_SIZE, Placement, record_around, sample_note
 from control_plane.types import ExecutionInstance, RequestMetadata
 
 MAX_MODELS = 1024

@@ -18,7 +18,6 @@ from control_plane.types import (
     RequestKind,
     RequestMetadata,
     RequestPriority,
-    SchedulingDecision,
     Usage,
 )
 
@@ -46,7 +45,7 @@ def make_job(
     job.last_token_s = job.end_s = end_s
     job.usage = Usage(prompt_tokens=5, completion_tokens=tokens, cached_tokens=2, exact=True)
     job.instance = ExecutionInstance(instance_id=instance_id)
-    job.decision = SchedulingDecision(instance_id, "r", estimated_cost=cost)
+    job.cost_usd = cost
     return job
 
 

@@ -24,7 +24,7 @@ from control_plane.router import (
     RoutingStrategy,
     create_strategy,
 )
-from control_plane.router.base import MAX_RECORDED, SAMPLE_SIZE
+from control_plane.router.placement import MAX_RECORDED, SAMPLE_SIZE
 from control_plane.router.ring import HashRing, RingCache
 from control_plane.types import ExecutionInstance, RequestMetadata
 from control_plane.view import StaticView

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from control_plane.router import ROUTERS, RequestRouter, create_strategy
-from control_plane.router.base import MAX_RECORDED
+from control_plane.router.placement import MAX_RECORDED
 from control_plane.types import ExecutionInstance, RequestMetadata
 from control_plane.view import StaticView
 

@@ -10,7 +10,8 @@ from typing import Any
 from control_plane.clock import ManualClock
 from control_plane.gateway import GatewaySettings
 from control_plane.gateway import access_log as module
-from control_plane.gateway.access_log import AccessLog, Line
+from control_plane.gateway.access_line import Line
+from control_plane.gateway.access_log import AccessLog
 from control_plane.transport import Exchange
 
 
@@ -107,11 +108,11 @@ async def test_it_says_when_it_works_again(tmp_path: Path, eventually: Any) -> N
     heard = Heard()
     folder = tmp_path / "later"
     log = AccessLog(ManualClock(), heard, str(folder / "access.log"))
-    log.write(Line("t", "lost", "POST", "/", 200, 1.0))
+    log.write(0.0, Line("lost", "POST", "/", 200, 1.0))
     await log.close()
     await eventually(lambda: heard.names == ["access_log_failed"])
     folder.mkdir()
-    log.write(Line("t", "kept", "POST", "/", 200, 1.0))
+    log.write(0.0, Line("kept", "POST", "/", 200, 1.0))
     await log.close()
 
     assert [line["request_id"] for line in lines_of(folder / "access.log")] == ["kept"]
@@ -124,7 +125,7 @@ async def test_what_waits_for_the_disk_is_bounded(tmp_path: Path, monkeypatch: A
     log = AccessLog(ManualClock(), Heard(), str(tmp_path / "access.log"))
 
     for n in range(100):
-        log.write(Line("t", f"r{n}", "POST", "/", 200, 1.0))
+        log.write(0.0, Line(f"r{n}", "POST", "/", 200, 1.0))
     await log.close()
 
     kept = lines_of(tmp_path / "access.log")

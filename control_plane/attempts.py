@@ -1,0 +1,155 @@
+"""Requests on engines: each try of one between the engine and the caller's sink, and the books of where it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, Protocol
+
+from control_plane.clock import Clock
+from control_plane.errors import ControlPlaneError
+from control_plane.fleet import Fleet
+from control_plane.job import Job
+from control_plane.live_state import LiveState
+from control_plane.protocols import Call, EngineOutcome, Headers
+from control_plane.types import ExecutionInstance, Leg, RequestMetadata, RequestStatus
+
+_RUNNING: Final = RequestStatus.RUNNING
+
+
+class AttemptListener(Protocol):
+    """Who started an attempt and hears its end, once."""
+
+    def attempt_finished(self, attempt: Attempt, outcome: EngineOutcome) -> None: ...
+    def attempt_failed(self, attempt: Attempt, error: ControlPlaneError) -> None: ...
+
+
+class Attempt:
+    """One try of a request on one instance: a Sink between the engine and the caller's sink that counts and keeps the books."""
+
+    __slots__ = (
+        "_attempts",
+        "_listener",
+        "_settled",
+        "backlog_ms",
+        "batch",
+        "call",
+        "chunk",
+        "frame",
+        "instance",
+        "job",
+        "sent",
+        "started_s",
+    )
+
+    def __init__(self, job: Job, instance: ExecutionInstance, attempts: Attempts, listener: AttemptListener) -> None:
+        self.job = job
+        self.instance = instance
+        self._attempts = attempts
+        self._listener = listener
+        self._settled = False
+        self.call: Call | None = None
+        self.started_s = job.scheduled_s or attempts.clock.now_s()
+        #: predicted work there when this one came, and the requests in flight there with it
+        live: LiveState = instance
+        self.backlog_ms: float = live.outstanding_ms
+        self.batch = float(live.active_requests + 1)
+        #: something has reached the caller's sink: from here on the request cannot be tried elsewhere
+        self.sent = False
+        #: bytes go from the engine to the caller's sink without a frame of ours in between
+        self.chunk: Callable[[bytes], None] = job.sink.chunk
+        self.frame: Callable[[bytes, bytes], None] | None = getattr(job.sink, "frame", None)
+        attempts.opened(self)
+
+    def started(self, status: int, headers: Headers, call: Call) -> None:
+        self.sent = True
+        self.call = call
+        self.job.sink.started(status, headers, call)
+
+    def tokens(self, n: int, first_s: float, last_s: float) -> None:
+        job = self.job
+        if not job.first_token_s:
+            job.first_token_s = first_s
+        job.last_token_s = last_s
+        job.output_tokens += n
+        job.sink.tokens(n, first_s, last_s)
+
+    def finished(self, outcome: EngineOutcome) -> None:
+        if self._settle():
+            self._attempts.count(failed=False)
+            self._listener.attempt_finished(self, outcome)
+
+    def failed(self, error: ControlPlaneError) -> None:
+        if self._settle():
+            self._attempts.count(failed=True)
+            self._listener.attempt_failed(self, error)
+
+    def cancel(self) -> None:
+        """Stop the engine's work; the listener hears nothing."""
+        call = self.call
+        if self._settle() and call is not None:
+            call.cancel()
+
+    def give_up(self, error: ControlPlaneError) -> None:
+        """Stop the engine's work and report ``error``."""
+        call = self.call
+        if call is not None:
+            call.cancel()
+        self.failed(error)
+
+    @property
+    def settled(self) -> bool:
+        return self._settled
+
+    def _settle(self) -> bool:
+        if self._settled:
+            return False
+        self._settled = True
+        self.call = None
+        self._attempts.closed(self)
+        return True
+
+
+class Attempts:
+    """Starts requests on the fleet's instances and keeps count of them. ``running``: on an engine now, by id."""
+
+    def __init__(self, fleet: Fleet, clock: Clock) -> None:
+        self.clock = clock
+        self.running: dict[str, RequestMetadata] = {}
+        self.ended = 0
+        self.failed = 0
+        self._fleet = fleet
+
+    def start(self, job: Job, leg: Leg, listener: AttemptListener) -> Attempt:
+        """Run ``job`` where ``leg`` says. A failure comes to ``listener.attempt_failed``, maybe at once. Raises InstanceNotFound."""
+        instance, engine = self._fleet.serving(leg.instance_id)
+        attempt = Attempt(job, instance, self, listener)
+        job.instance = instance
+        try:
+            call = engine.start(leg, job.wire, attempt, job.request)
+        except Exception as error:  # an engine of the user's own, or a request that cannot be written: no reason to try it elsewhere
+            known = error if isinstance(error, ControlPlaneError) else None
+            attempt.failed(known or ControlPlaneError(f"{leg.instance_id}: the request could not be sent: {error!r}"))
+            return attempt
+        if attempt.call is None and not attempt.settled:
+            attempt.call = call
+        return attempt
+
+    def opened(self, attempt: Attempt) -> None:
+        """An attempt takes its place on its instance."""
+        job = attempt.job
+        # an answer that is not streamed shows nothing before its end: it runs from here on, and not from the first byte
+        job.state = _RUNNING
+        self.running[job.request_id] = job.shown
+        self._fleet.placed(attempt.instance, job.predicted_ms, job.phase)
+
+    def closed(self, attempt: Attempt) -> None:
+        """An attempt leaves its instance, however it ended."""
+        job = attempt.job
+        self.running.pop(job.request_id, None)
+        self._fleet.released(attempt.instance, job.predicted_ms, job.phase)
+
+    def count(self, *, failed: bool) -> None:
+        if failed:
+            self.failed += 1
+        else:
+            self.ended += 1
