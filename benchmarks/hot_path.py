@@ -20,6 +20,7 @@ from typing import Any
 import uvloop
 
 from control_plane import ControlPlaneManager, ExecutionInstance
+from control_plane.cli.serve import settle_garbage_collector
 from control_plane.gateway import Gateway, GatewaySettings
 from control_plane.transport.client_connection import ClientConnection
 from control_plane.transport.connection import ServerConnection
@@ -138,6 +139,7 @@ async def run(given: argparse.Namespace) -> None:
     if given.stream:
         last = chunk(USAGE) + chunk(b"data: [DONE]\n\n") + b"0\r\n\r\n"
         answers = [STREAM_HEAD + chunk(EVENT), *[chunk(EVENT)] * (given.stream - 1), last]
+    settle_garbage_collector()
     rounds = []
     profile = cProfile.Profile() if given.profile else None
     for turn in range(given.rounds + 1):

@@ -9,7 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import Protocol
+from typing import Final, Protocol
+
+_from_timestamp: Final = datetime.fromtimestamp
 
 
 class Clock(Protocol):
@@ -34,7 +36,7 @@ class SystemClock:
         self.now_s: Callable[[], float] = time.monotonic
 
     def utc(self, monotonic_s: float) -> datetime:
-        return datetime.fromtimestamp(self._anchor + monotonic_s, UTC)
+        return _from_timestamp(self._anchor + monotonic_s, UTC)
 
 
 class ManualClock:

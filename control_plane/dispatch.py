@@ -94,6 +94,7 @@ class Dispatcher:
     def router(self, router: RequestRouter) -> None:
         self._router = router
         self._selects_async = router.selects_async
+        self._place_by = router.placer
         #: a table's own strategy answers with one of the candidates; what others answer is looked at
         self._checks_place = not router.is_ours
 
@@ -182,9 +183,8 @@ class Dispatcher:
             role = phase
             if not candidates:
                 raise NoInstanceAvailable("every instance for this phase is at its limit")
-        router = self._router
-        placement = router.place(request, candidates, fleet)
-        decided = decide(request, placement, fleet, key=key, policy=policy.name, router=router.name, role=role)
+        placement = self._place_by(request, candidates, fleet)
+        decided = decide(request, placement, fleet, key=key, policy=policy.name, router=self._router.name, role=role)
         return decided, phase
 
     # ---- serving

@@ -92,7 +92,7 @@ class ControlPlaneManager:
         queue_timeout_s: float = 600.0,
         no_instance_timeout_s: float = 30.0,
         drain_timeout_s: float = 120.0,
-        connect_timeout_s: float = 2.0,
+        connect_timeout_s: float | None = 2.0,
         first_byte_timeout_s: float | None = None,
         chunk_timeout_s: float | None = 60.0,
         total_timeout_s: float | None = None,

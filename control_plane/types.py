@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from control_plane import field_rules
 from control_plane.errors import InvalidRequest
-from control_plane.live_state import LIVE_FIELDS, LiveState
+from control_plane.live_state import LIVE_FIELDS, REQUEST_FIELDS, LiveState, RequestFields
 
 
 class RequestPriority(IntEnum):
@@ -204,8 +204,8 @@ class PDSeparationConfig:
                 raise field_rules.wrong(f"{role}_min_instances", least, f"at most {role}_max_instances, which is {most}")
 
 
-@dataclass(slots=True)
-class RequestMetadata:
+@dataclass
+class RequestMetadata(RequestFields):
     """One request: what to run, for whom, and by when.
 
     One of ``prompt`` (``/v1/completions``), ``messages`` (``/v1/chat/completions``) and ``input`` (``/v1/embeddings``) is given.
@@ -213,6 +213,8 @@ class RequestMetadata:
     US dollars. ``extra_body`` carries any further field of the engine's API (stop, seed, tools, response_format, ...). The fields
     from ``arrival_time`` to ``end_time`` are written by the control plane (aware UTC).
     """
+
+    __slots__ = ()
 
     request_id: str = ""
     user_id: str | None = None
@@ -256,6 +258,9 @@ class RequestMetadata:
         if self.parallelism_hint is not None and type(self.parallelism_hint) is not ParallelismType:
             self.parallelism_hint = ParallelismType.parse(self.parallelism_hint)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _made_again, (type(self), _state_of(self))
+
     @property
     def tenant(self) -> str:
         """Who is charged for fairness: the tenant, else the user, else ``anonymous``."""
@@ -286,6 +291,18 @@ class RequestMetadata:
         if isinstance(source, str):
             return source[:limit_bytes].encode("utf-8", "replace")[:limit_bytes]
         return repr(source).encode("utf-8", "replace")[:limit_bytes]
+
+
+def _state_of(record: Any) -> dict[str, Any]:
+    return {**getattr(record, "__dict__", {}), **{one.name: getattr(record, one.name) for one in fields(record)}}
+
+
+def _made_again(kind: type[Any], state: dict[str, Any]) -> Any:
+    make: Any = kind.__new__
+    record = make(kind)
+    for name, value in state.items():
+        setattr(record, name, value)
+    return record
 
 
 def _between_ms(start: datetime | None, end: datetime | None) -> float | None:
@@ -423,8 +440,7 @@ class ExecutionInstance(LiveState):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For copy and pickle, which would not find what the compiled base keeps."""
-        state = {one.name: getattr(self, one.name) for one in fields(self)}
-        return _made_again, (type(self), {**vars(self), **state})
+        return _made_again, (type(self), _state_of(self))
 
     @property
     def base_url(self) -> str:
@@ -491,13 +507,6 @@ class ExecutionInstance(LiveState):
         return True
 
 
-def _made_again(kind: type[ExecutionInstance], state: dict[str, Any]) -> ExecutionInstance:
-    instance = kind.__new__(kind)
-    for name, value in state.items():
-        setattr(instance, name, value)
-    return instance
-
-
 def _request_kinds(given: object) -> set[str] | None:
     if given is None:
         return None
@@ -521,9 +530,10 @@ def _set_healthy(instance: ExecutionInstance, value: bool) -> None:
 if not TYPE_CHECKING:  # a property under the name of an InitVar: accepted by the constructor, then derived from health_status
     ExecutionInstance.is_healthy = property(_get_healthy, _set_healthy)
     # defaults are in the constructor; as attributes of the class they would hide those of the compiled base
-    for _name in LIVE_FIELDS:
-        if _name in vars(ExecutionInstance):
-            delattr(ExecutionInstance, _name)
+    for _kind, _names in ((RequestMetadata, REQUEST_FIELDS), (ExecutionInstance, LIVE_FIELDS)):
+        for _name in _names:
+            if _name in vars(_kind):
+                delattr(_kind, _name)
 
 
 class Candidate(NamedTuple):

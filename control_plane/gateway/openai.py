@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from typing import Final
 
 import msgspec
 from msgspec import UNSET, Raw, UnsetType
@@ -19,7 +20,8 @@ from control_plane.gateway.endpoints import Endpoint
 from control_plane.gateway.forms import form_fields
 from control_plane.gateway.routing_members import AnthropicMetadata, Head, NamesNoModel
 from control_plane.gateway.wishes import apply_headers, has_routing_headers, parse_priority
-from control_plane.types import RequestKind, RequestMetadata
+from control_plane.live_state import RequestFields
+from control_plane.types import RequestKind, RequestMetadata, RequestPriority
 
 #: bytes of the prompt kept for prefix-aware placement
 HEAD_BYTES = 4096
@@ -32,6 +34,7 @@ _SAMPLES = 10
 #: a token id counts as this many bytes of text
 _TOKEN_ID_BYTES = 4
 _SAMPLE_BYTES = 256
+_BRACKET: Final = 0x5B
 
 _media = re.compile(rb";base64,[A-Za-z0-9+/=_-]*")
 _at = re.compile(r" - at `\$\.?(\w*)").search
@@ -55,6 +58,8 @@ OWN_MEMBERS = ("priority", "request_id", "session_id", "slo_deadline_ms", "ttft_
 
 Resolve = Callable[[None], str]
 
+_NORMAL: Final = RequestPriority.NORMAL
+_new: Final = RequestMetadata.__new__
 _decode = msgspec.json.Decoder(Head).decode
 _decode_metadata = msgspec.json.Decoder(AnthropicMetadata).decode
 
@@ -138,23 +143,24 @@ def _nothing_of_ours(head: Head) -> bool:
 
 def _metadata(head: Head, endpoint: Endpoint, body: bytes) -> RequestMetadata:
     prompt = getattr(head, endpoint.prompt) if endpoint.prompt else UNSET
-    request = RequestMetadata(
-        model_name=head.model or None,
-        max_tokens=_count(head.max_completion_tokens) or _count(head.max_tokens) or _count(head.max_output_tokens),
-        kind=endpoint.kind,
-        prompt_size_bytes=len(body),
-    )
+    request: RequestMetadata = _new(RequestMetadata)
+    fields: RequestFields = request
+    fields.begin(_NORMAL)
+    fields.model_name = head.model or None
+    fields.max_tokens = _count(head.max_completion_tokens) or _count(head.max_tokens) or _count(head.max_output_tokens)
+    fields.kind = endpoint.kind
+    fields.prompt_size_bytes = len(body)
     if prompt is not UNSET:
         _measure(prompt, getattr(head, endpoint.preamble) if endpoint.preamble else UNSET, head.tools, request)
     user = head.user
     if user is not None:
         if not isinstance(user, str):
             raise InvalidRequest("user: Expected `str`", param="user")
-        request.user_id = user or None
+        fields.user_id = user or None
     elif endpoint.anthropic and head.metadata is not UNSET:
         request.user_id = _anthropic_user(head.metadata)
     if head.n is not None and (choices := _count(head.n)) is not None and choices > 1:
-        request.extra_body = {"n": choices}
+        fields.extra_body = {"n": choices}
     return request
 
 
@@ -162,14 +168,15 @@ def _count(value: object) -> int | None:
     return value if type(value) is int and 0 < value <= _MAX_COUNT else None
 
 
-def _measure(prompt: Raw, preamble: Raw | UnsetType, tools: Raw | UnsetType, request: RequestMetadata) -> None:
+def _measure(prompt: Raw, preamble: Raw | UnsetType, tools: Raw | UnsetType, request: RequestFields) -> None:
     """Note the size and the first bytes of the prompt; for token ids, how many."""
     view = memoryview(prompt)
     size = len(view)
-    first = bytes(view[:HEAD_BYTES])
-    if first[:1] == b"[" and first[1:8].lstrip(b"[ \n")[:1].isdigit():
-        request.input_tokens = bytes(view).count(b",") + 1
-        size = _TOKEN_ID_BYTES * request.input_tokens
+    first = bytes(view) if size <= HEAD_BYTES else bytes(view[:HEAD_BYTES])
+    if first[0] == _BRACKET and first[1:8].lstrip(b"[ \n")[:1].isdigit():
+        tokens = bytes(view).count(b",") + 1
+        request.input_tokens = tokens
+        size = _TOKEN_ID_BYTES * tokens
     elif size >= _MEDIA_FROM_BYTES and _looks_like_media(view, size):
         size = _text_size(bytes(view))
     if tools is not UNSET:

@@ -25,21 +25,29 @@ class Placement:
     """A router's answer. ``candidates``: at most 16, best first, the chosen one always among them. ``service_ms``: the request's own
     service on the chosen instance, where the router has worked it out anyway."""
 
-    __slots__ = ("candidates", "instance", "predicted_ms", "reason", "service_ms")
+    __slots__ = ("_candidates", "_reason", "instance", "predicted_ms", "service_ms")
 
     def __init__(
         self,
         instance: ExecutionInstance,
         predicted_ms: float,
-        candidates: tuple[Candidate, ...] = (),
+        candidates: Sequence[Candidate] = (),
         reason: str = "",
         service_ms: float | None = None,
     ) -> None:
         self.instance = instance
         self.predicted_ms = predicted_ms
-        self.candidates = candidates
-        self.reason = reason
         self.service_ms = service_ms
+        self._candidates = candidates
+        self._reason = reason
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        return tuple(self._candidates)
+
+    @property
+    def reason(self) -> str:
+        return self._reason
 
 
 class ScoredPlacement(Placement):
@@ -51,9 +59,7 @@ class ScoredPlacement(Placement):
         self, seen: Sequence[ExecutionInstance], scores_ms: Sequence[float], at: int, there_are: int, rule: str, service_ms: float
     ) -> None:
         """``at``: which of ``seen`` was chosen, of ``there_are`` candidates; ``rule``: the reason's beginning."""
-        self.instance = seen[at]
-        self.predicted_ms = scores_ms[at]
-        self.service_ms = service_ms
+        super().__init__(seen[at], scores_ms[at], service_ms=service_ms)
         self._seen = seen
         self._scores_ms = scores_ms
         self._at = at
@@ -61,11 +67,11 @@ class ScoredPlacement(Placement):
         self._rule = rule
 
     @property
-    def candidates(self) -> tuple[Candidate, ...]:  # type: ignore[override]
+    def candidates(self) -> tuple[Candidate, ...]:
         return recorded(self._seen, self._scores_ms, self._at)
 
     @property
-    def reason(self) -> str:  # type: ignore[override]
+    def reason(self) -> str:
         note = sample_note(len(self._seen), self._there_are)
         return f"{self._rule}, {self.predicted_ms:.0f} ms with this request, of {len(self._seen)}{note}"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 
 from control_plane.admission import eligible
-from control_plane.pd_routing import for_phase
+from control_plane.pd_selection import for_phase
 from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import FleetView
 from control_plane.router.base import RoutingStrategy, accepts_phase, placement_of
@@ -34,6 +34,11 @@ class RequestRouter(RoutingStrategy):
         self._view_of = view_factory if view_factory is not None else self._static_view
         self._takes_phase = accepts_phase(self._strategy.select_instance)
         self._predictor = LatencyPredictor()
+
+    @property
+    def placer(self) -> Callable[[RequestMetadata, Sequence[ExecutionInstance], FleetView], Placement]:
+        """What dispatch asks: the strategy itself where its answer needs no second look."""
+        return self._strategy.place if self.is_ours else self.place
 
     @property
     def strategy(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import socket
 import ssl as tls
@@ -299,10 +300,12 @@ class HttpClient:
         return None
 
     async def _open(self, call: ClientCall) -> None:
-        limit_s = min(call.limits.connect_timeout_s, max(call.total_due_s - self.loop.time(), 0.0))
+        limit_s = max(call.total_due_s - self.loop.time(), 0.0)
+        if call.limits.connect_timeout_s is not None:
+            limit_s = min(call.limits.connect_timeout_s, limit_s)
         connection = ClientConnection(self)
         try:
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(limit_s if limit_s < math.inf else None):
                 await self.loop.create_connection(
                     lambda: connection, self._host, self._port, ssl=self._ssl, server_hostname=self._host if self._ssl else None
                 )

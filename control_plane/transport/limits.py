@@ -53,7 +53,7 @@ class ServerLimits:
 class ClientLimits:
     """How long an :class:`~control_plane.transport.client.HttpClient` waits, and what it keeps. None: without a limit."""
 
-    connect_timeout_s: float = 2.0
+    connect_timeout_s: float | None = 2.0
     """Name, TCP and TLS together."""
 
     first_byte_timeout_s: float | None = None

@@ -17,16 +17,15 @@ class Refused(Exception):
     ``method``, ``target`` and ``headers`` hold what of it had been read.
     """
 
-    method = ""
-    target = b""
-    headers: Sequence[tuple[bytes, bytes]] = ()
-
     def __init__(self, status: int, code: str, message: str, retry_after_s: int | None = None) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
         self.message = message
         self.retry_after_s = retry_after_s
+        self.method = ""
+        self.target = b""
+        self.headers: Sequence[tuple[bytes, bytes]] = ()
 
 
 class RequestHead:

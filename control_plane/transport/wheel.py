@@ -85,8 +85,12 @@ class TimerWheel:
             self._next_key = self._keys[0]
             self._handle = self._loop.call_at(self._next_key * self._resolution_s, self._tick)
 
-    def _tick(self) -> None:
+    def _called(self) -> None:
+        """The loop has called; what it called by is of no use any more."""
         self._handle = None
+
+    def _tick(self) -> None:
+        self._called()
         now_s = self._loop.time()
         if now_s - self._next_key * self._resolution_s > self._stall_s:
             self._handle = self._loop.call_later(self._resolution_s, self._fire)
@@ -94,7 +98,7 @@ class TimerWheel:
             self._fire()
 
     def _fire(self) -> None:
-        self._handle = None
+        self._called()
         now_s = self._loop.time()
         # rounding may put a bucket's own time before it
         reached = self._next_key if now_s >= self._next_key * self._resolution_s else 0

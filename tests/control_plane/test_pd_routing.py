@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from control_plane.errors import InvalidRequest
-from control_plane.pd_routing import PDRoutingStrategy, for_phase
+from control_plane.pd_routing import PDRoutingStrategy
+from control_plane.pd_selection import for_phase
 from control_plane.prediction import LatencyPredictor
 from control_plane.types import (
     DecodingConfig,

@@ -466,3 +466,11 @@ def test_tls_and_ipv6(loop: str, tmp_path: Path) -> None:
         await six.stop(0)
 
     run(loop, scenario())
+
+
+def test_without_a_limit_on_connecting(loop: str) -> None:
+    async def scenario() -> None:
+        async with serving(echo) as server, client_of(server.url, limits=ClientLimits(connect_timeout_s=None)) as client:
+            assert (await post(client).wait()).body == b"POST /x {}"
+
+    run(loop, scenario())
