@@ -49,12 +49,6 @@ class CompileHook(BuildHookInterface[Any]):
         work = work_folder()
         output = None if missing else compile_apart(work, modules)
         compiled = missing is None and output is None
-        made = {work / "lib" / path: path for path in results(modules)} if compiled else {}
-        if version == "editable":
-            put_in_place(made, manifest)
-        elif compiled:
-            build_data.update(pure_python=False, infer_tag=True)
-            build_data["force_include"].update({str(path): place for path, place in made.items()})
         if compiled:
             tell(f"compiled {len(modules)} modules")
         elif missing:
@@ -63,6 +57,12 @@ class CompileHook(BuildHookInterface[Any]):
             tell(f"{output}\nNOT COMPILED, plain Python: mypyc or the C compiler refused the sources, see above")
         if os.environ.get(SWITCH) == "1" and not compiled:
             raise SystemExit(f"{SWITCH}=1, and it could not be compiled: {missing or 'the sources were refused'}")
+        made = {work / "lib" / path: path for path in results(modules)} if compiled else {}
+        if version == "editable":
+            put_in_place(made, manifest)
+        elif compiled:
+            build_data.update(pure_python=False, infer_tag=True)
+            build_data["force_include"].update({str(path): place for path, place in made.items()})
 
 
 def tell(text: str) -> None:

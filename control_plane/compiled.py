@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.machinery import SOURCE_SUFFIXES, FileFinder, SourceFileLoader
+from importlib.machinery import EXTENSION_SUFFIXES, SOURCE_SUFFIXES, FileFinder, SourceFileLoader
 from importlib.util import source_hash
 from typing import TYPE_CHECKING
 
@@ -29,12 +29,14 @@ MANIFEST = f"compiled.{sys.implementation.cache_tag}.manifest"
 
 def choose() -> None:
     """Called before anything else of the package is imported."""
-    if os.environ.get(PURE_VARIABLE, "0") not in ("", "0"):
-        _take_sources()
-    elif changed := changed_sources(os.path.dirname(__file__)):
+    package = os.path.dirname(__file__)
+    library = os.path.join(os.path.dirname(package), LIBRARY + EXTENSION_SUFFIXES[0])
+    if os.environ.get(PURE_VARIABLE, "0") not in ("", "0") or not os.path.exists(library):  # a copy of the package alone has none
+        _take_sources(package)
+    elif changed := changed_sources(package):
         import logging
 
-        _take_sources()
+        _take_sources(package)
         what = changed[0] + (f" and {len(changed) - 1} more" if len(changed) > 1 else "")
         logging.getLogger("control_plane").warning(
             "control_plane: %s changed since it was compiled: running as plain Python; `make compile` compiles it again", what
@@ -76,9 +78,8 @@ def _digest_of(path: str) -> str:
         return "gone"
 
 
-def _take_sources() -> None:
+def _take_sources(package: str) -> None:
     """Python's own finder asks this hook first for each folder of the package; whoever builds upon that finder gets sources as well."""
-    package = os.path.dirname(__file__)
     sources = FileFinder.path_hook((SourceFileLoader, SOURCE_SUFFIXES))
 
     def sources_only(folder: str) -> PathEntryFinder:

@@ -31,6 +31,7 @@ def small(tmp_path: Path) -> Path:
     shutil.copy(PACKAGE / "compiled.py", package)
     (package / "__init__.py").write_text("from control_plane import compiled\ncompiled.choose()\nfrom control_plane import flat\n")
     (package / "inner" / "__init__.py").touch()
+    library_of(package).touch()
     for module in ("flat", "inner/deep"):
         (package / f"{module}.py").write_text("")
         (package / f"{module}{SUFFIX}").write_text("no library")
@@ -42,6 +43,10 @@ def start(package: Path, program: str = PROGRAM, **variables: str) -> subprocess
     environment = {name: value for name, value in os.environ.items() if name not in ours} | variables
     command = [sys.executable, "-c", program]
     return subprocess.run(command, cwd=package.parent, env=environment, capture_output=True, text=True, timeout=30, check=False)
+
+
+def library_of(package: Path) -> Path:
+    return package.parent / f"{compiled.LIBRARY}{SUFFIX}"
 
 
 def write_manifest(package: Path) -> None:
@@ -61,6 +66,12 @@ def test_compiled_modules_are_taken_where_they_are(small: Path) -> None:
 
 def test_the_sources_are_taken_when_asked_for(small: Path) -> None:
     done = start(small, **{compiled.PURE_VARIABLE: "1"})
+    assert (done.stdout, done.stderr) == ("plain Python\n", "")
+
+
+def test_the_sources_are_taken_where_the_package_was_copied_without_the_library(small: Path) -> None:
+    library_of(small).unlink()
+    done = start(small)
     assert (done.stdout, done.stderr) == ("plain Python\n", "")
 
 
@@ -99,7 +110,7 @@ def test_the_makefile_learns_from_the_exit_status_whether_to_compile_again(small
 
 
 def test_the_package_tells_which_code_it_runs() -> None:
-    there = bool(list(PACKAGE.parent.glob(f"{compiled.LIBRARY}{SUFFIX}")))
+    there = library_of(PACKAGE).exists()
     asked_not_to = os.environ.get(compiled.PURE_VARIABLE, "0") not in ("", "0")
     runs = there and not asked_not_to and not compiled.changed_sources(str(PACKAGE))
     assert compiled.in_use() is runs
