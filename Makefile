@@ -2,6 +2,8 @@
 #
 #   make demo        the quick start: a gateway over three simulated engines, a mixed load, one engine killed on the way
 #   make test        the tests, as the README runs them (no vLLM needed)
+#   make test-pure   the same tests, over the sources as plain Python where compiled modules are there
+#   make compile     compiles the modules that pyproject.toml lists again, in place (needs a C compiler)
 #   make test-real   installs a real vLLM (CPU) and runs the tests against two of its servers
 #   make fuzz        any bytes against the server, the client's side and the reading of bodies, FUZZ_SECONDS each (300)
 #   make bench       what relaying costs, beside a bare relay, nginx and vllm-router (installs the last into an environment of its own)
@@ -16,47 +18,64 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-real fuzz bench check wheel clean
+.PHONY: help demo test test-pure compile test-real fuzz bench check wheel clean
 
 help:
 	@sed -n '3,$$ { /^#   /!q; s/^#   //p }' $(firstword $(MAKEFILE_LIST))
 
-# One stamp for each set of extras; an environment is made again only when pyproject.toml has changed.
+# One stamp for each set of extras; an environment is made again only when pyproject.toml or hatch_build.py has changed. Installing compiles
+# where there is a C compiler; pip shows nothing of that, so what came of it is printed from where hatch_build.py leaves it.
 $(VENV)/.made:
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; name one with PYTHON=..." >&2; exit 1; }
 	@echo "making $(VENV) with $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.installed: $(VENV)/.made pyproject.toml
+$(VENV)/.installed: $(VENV)/.made pyproject.toml hatch_build.py
 	@echo "installing the package into $(VENV)"
 	@$(PIP) install -e .
+	@cat build/compiled.log
 	@touch $@
 
-$(VENV)/.installed-test: $(VENV)/.made pyproject.toml
+$(VENV)/.installed-test: $(VENV)/.made pyproject.toml hatch_build.py
 	@echo "installing the package and what its tests need into $(VENV)"
 	@$(PIP) install -e '.[test]'
+	@cat build/compiled.log
 	@touch $@ $(VENV)/.installed
 
-$(VENV)/.installed-dev: $(VENV)/.made pyproject.toml
+$(VENV)/.installed-dev: $(VENV)/.made pyproject.toml hatch_build.py
 	@echo "installing the package and its development tools into $(VENV)"
 	@$(PIP) install -e '.[dev]'
+	@cat build/compiled.log
 	@touch $@ $(VENV)/.installed-test $(VENV)/.installed
 
 demo: $(VENV)/.installed
 	@$(BIN)/control-plane demo $(DEMO_ARGS)
 
+compile: $(VENV)/.installed
+	@CONTROL_PLANE_COMPILE=1 $(COMPILE)
+
+# Compiles again when what was compiled has changed; without a compiler nothing was compiled, and there is nothing to do.
+COMPILE_CHANGED = $(BIN)/python -P control_plane/compiled.py || { echo "compiling what changed"; $(COMPILE); }
+COMPILE = $(PIP) install --no-deps -e . && cat build/compiled.log
+
 test: $(VENV)/.installed-test
+	@$(COMPILE_CHANGED)
 	cd tests/control_plane && $(BIN)/python -m pytest -v $(PYTEST_ARGS)
 
+test-pure: $(VENV)/.installed-test
+	cd tests/control_plane && CONTROL_PLANE_PURE=1 $(BIN)/python -m pytest -v $(PYTEST_ARGS)
+
 test-real: $(VENV)/.installed-test
+	@$(COMPILE_CHANGED)
 	scripts/real_vllm/install.sh
 	cd tests/control_plane && $(BIN)/python -m pytest -v -m real --timeout 300 $(PYTEST_ARGS)
 
 FUZZ_SECONDS ?= 300
+# Over the sources: what guides atheris is the Python code that an input reaches.
 fuzz: $(VENV)/.installed-test
 	@$(PIP) install -e '.[fuzz]' || echo "no atheris for this Python: seeds are changed at random instead"
-	$(BIN)/python tests/control_plane/fuzz/run.py --seconds $(FUZZ_SECONDS)
+	CONTROL_PLANE_PURE=1 $(BIN)/python tests/control_plane/fuzz/run.py --seconds $(FUZZ_SECONDS)
 
 BENCH_VENV := build/bench-venv
 $(BENCH_VENV)/.made:
@@ -65,6 +84,7 @@ $(BENCH_VENV)/.made:
 	@touch $@
 
 bench: $(VENV)/.installed-dev $(BENCH_VENV)/.made
+	@$(COMPILE_CHANGED)
 	@command -v nginx /usr/sbin/nginx >/dev/null || { echo "make: nginx is missing (apt-get install nginx-light)" >&2; exit 1; }
 	VLLM_ROUTER=$(abspath $(BENCH_VENV))/bin/vllm-router $(BIN)/python benchmarks/gateway.py --json build/bench/gateway.json $(BENCH_ARGS)
 	$(BIN)/python benchmarks/decision.py
@@ -75,14 +95,18 @@ check: $(VENV)/.installed-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Not editable and in an environment of its own: what the tests cannot see is a file missing from the wheel.
+# Not editable and in an environment of its own: what the tests cannot see is a file missing from the wheel. Compiled where that can be.
 wheel: $(VENV)/.installed-dev
 	rm -rf dist build/wheel-venv
 	$(BIN)/python -m build --outdir dist .
 	$(PYTHON) -m venv build/wheel-venv
 	build/wheel-venv/bin/python -m pip --disable-pip-version-check --quiet install dist/*.whl
 	cd build && wheel-venv/bin/control-plane --help
+	cd build && wheel-venv/bin/control-plane --version
 	cd build && wheel-venv/bin/control-plane demo --duration-s 4 --seed 1
+	cd build && CONTROL_PLANE_PURE=1 wheel-venv/bin/control-plane --version
+	cd build && CONTROL_PLANE_PURE=1 wheel-venv/bin/control-plane demo --duration-s 4 --seed 1
 
 clean:
-	rm -rf $(VENV) build dist htmlcov .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find control_plane -name '*.so' -delete
+	rm -rf *.so control_plane/*.manifest $(VENV) build dist htmlcov .pytest_cache .mypy_cache .ruff_cache .hypothesis

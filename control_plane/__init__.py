@@ -1,5 +1,9 @@
 """sageLLM Control Plane: schedules, routes and runs requests over a fleet of vLLM instances."""
 
+from control_plane import compiled
+
+compiled.choose()
+
 from control_plane.errors import (
     BudgetExhausted,
     ConfigurationError,

@@ -73,7 +73,9 @@ def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import version
 
-        print(f"control-plane {version('sagellm-control-plane')}")
+        from control_plane import compiled
+
+        print(f"control-plane {version('sagellm-control-plane')} ({compiled.kind()})")
         raise typer.Exit
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import uvloop
 
+from control_plane import __version__, compiled
 from control_plane.cli.startup import startup_warnings
 from control_plane.config import ControlPlaneConfig, ServerConfig, public_dict
 from control_plane.errors import ConfigurationError
@@ -65,6 +66,7 @@ def configure_logging(level: str) -> None:
 
 async def _serve(manager: ControlPlaneManager, gateway: Gateway, config: ControlPlaneConfig, loop_lag: LoopLag) -> int:
     signals = Signals()
+    logger.info("version %s, %s", __version__, compiled.kind())
     for warning in startup_warnings(descriptors=raise_descriptor_limit(), instances=len(manager.get_instances())):
         logger.warning("%s", warning)
     server = config.server

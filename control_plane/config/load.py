@@ -14,12 +14,15 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from control_plane.compiled import COMPILE_VARIABLE, PURE_VARIABLE
 from control_plane.config.names import annotation_of, env_names, is_secret, nearest, siblings
 from control_plane.config.schema import ControlPlaneConfig
 from control_plane.config.values import expand, from_text
 from control_plane.errors import ConfigurationError
 
 ENV_PREFIX = "CONTROL_PLANE_"
+#: of how the package itself is built and loaded, not of the configuration
+_OTHER_VARIABLES = frozenset((COMPILE_VARIABLE, PURE_VARIABLE))
 _SERVICE_LINK = re.compile(r"SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_\w+)?")
 #: known words that have no effect in this version, and why
 NOT_YET = {"discovery": "instances from discovery are not available yet; list them under `instances`"}
@@ -103,7 +106,8 @@ class _NoDuplicates(yaml.SafeLoader):
 
 def _from_environment(problems: list[str]) -> dict[str, Any]:
     known = env_names(ControlPlaneConfig, ENV_PREFIX)
-    unknown = sorted(name for name in os.environ if name.startswith(ENV_PREFIX) and name not in known and not _is_service_link(name))
+    named = {name for name in os.environ if name.startswith(ENV_PREFIX)} - _OTHER_VARIABLES
+    unknown = sorted(name for name in named if name not in known and not _is_service_link(name))
     problems += [f"{name}: no such setting{_guess(nearest(name, known) or nearest(name, known, 0.0))}" for name in unknown]
     tree: dict[str, Any] = {}
     for name, path in known.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import http.client
 import json
-import os
 import re
 import socket
 import subprocess
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import yaml
+from child_environment import child_environment
 
 from control_plane import ControlPlaneManager, ExecutionInstance
 from control_plane.cli import main, operate
@@ -248,7 +248,7 @@ class Running:
     """A ``control-plane`` process and the address it said it listens on."""
 
     def __init__(self, *arguments: str) -> None:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("CONTROL_PLANE_")}
+        environment = child_environment()
         self.process = subprocess.Popen(
             [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, env=environment
         )

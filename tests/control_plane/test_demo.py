@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from child_environment import child_environment
 from rich.console import Console
 
 from control_plane.demo.load import CLASSES, Seen
@@ -79,7 +80,7 @@ def test_what_the_killed_engine_cost() -> None:
 
 def test_a_short_demo_runs_to_its_end_and_leaves_nothing_behind() -> None:
     command = [sys.executable, "-m", "control_plane.cli", "demo", "--duration-s", "2", "--seed", "1"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("CONTROL_PLANE_")}
+    environment = child_environment()
     done = subprocess.run(command, capture_output=True, text=True, timeout=50, env=environment, stdin=subprocess.DEVNULL, check=False)
 
     assert (done.returncode, done.stderr) == (0, "")

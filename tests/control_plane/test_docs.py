@@ -21,7 +21,7 @@ import yaml
 from threaded_engines import threaded_engines
 
 import control_plane
-from control_plane import ControlPlaneManager, PDMetrics, PerformanceMetrics, errors
+from control_plane import ControlPlaneManager, PDMetrics, PerformanceMetrics, compiled, errors
 from control_plane.cli.app import app
 from control_plane.config import load_config
 from control_plane.config.schema import ControlPlaneConfig, InstanceConfig, ServerConfig
@@ -419,4 +419,4 @@ def test_the_picture_is_well_formed_and_knows_the_dark() -> None:
 
 def test_the_command_line_says_its_version() -> None:
     told = subprocess.run([sys.executable, "-m", "control_plane.cli", "--version"], capture_output=True, text=True, timeout=30)
-    assert told.stdout.split() == ["control-plane", control_plane.__version__]
+    assert told.stdout == f"control-plane {control_plane.__version__} ({compiled.kind()})\n"

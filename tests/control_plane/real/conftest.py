@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import pytest
+from child_environment import child_environment
 from process_guard import guard, release
 from vllm_server import EMBEDDING, MODEL, VllmServer, eventually, instance_of
 
@@ -148,7 +149,7 @@ async def make_gateway() -> AsyncIterator[MakeGateway]:
 def serving(started_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """`control-plane serve` over both servers, as a process of its own; yields its URL."""
     log = tmp_path_factory.mktemp("gateway") / "gateway.log"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("CONTROL_PLANE_")}
+    environment = child_environment()
     command = [sys.executable, "-m", "control_plane.cli", "serve", "--port", "0", "--health.down-interval-max-s", "1"]
     for server in started_pair:
         command += ["--engine", server.url]
