@@ -19,7 +19,8 @@
      ├─ DeadlineUnreachable     503  deadline_unreachable
      ├─ Draining                503  draining
      ├─ InstanceFailed          502  instance_failed       the engine broke: refused, hung up, answered garbage
-     │   └─ EngineError         its own status             the engine answered with an error of its own
+     │   ├─ EngineError         its own status             the engine answered with an error of its own
+     │   └─ OutOfDescriptors    503  no_descriptors        this process has no file descriptor left to ask an engine with
      ├─ RequestTimeout          504  timeout
      ├─ RequestCancelled        499  cancelled
      └─ ConfigurationError      500  configuration_error   wrong configuration or option; names the field
@@ -229,6 +230,18 @@ class EngineError(InstanceFailed):
     def is_engine_fault(self) -> bool:
         """True for a 5xx: it counts against the instance. A 4xx is the caller's, 408 and 429 are load."""
         return self.status >= 500
+
+
+class OutOfDescriptors(InstanceFailed):
+    """No file descriptor is left here for a connection to an engine. No engine is at fault, and none could be asked instead."""
+
+    code = "no_descriptors"
+    http_status = 503
+    error_type = "service_unavailable_error"
+    default_retry_after_s = 1.0
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, connected=False, retryable=False)
 
 
 class RequestTimeout(ControlPlaneError):

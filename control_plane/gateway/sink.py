@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from typing import Protocol
 
-from control_plane.errors import ControlPlaneError, InstanceFailed, NoInstanceAvailable
+from control_plane.errors import ControlPlaneError, InstanceFailed, NoInstanceAvailable, OutOfDescriptors
 from control_plane.gateway.endpoints import Endpoint
 from control_plane.gateway.replies import EVENT_STREAM, Header, error_answer, error_event, header_text, id_headers
 from control_plane.gateway.responses import ResponseHomes, response_id_in
@@ -235,6 +235,8 @@ class ResponsesSink(ClientSink):
 
 
 def _unreachable(error: ControlPlaneError) -> bool:
+    if isinstance(error, OutOfDescriptors):
+        return False
     return isinstance(error, NoInstanceAvailable) or (isinstance(error, InstanceFailed) and not error.connected)
 
 

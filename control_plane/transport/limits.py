@@ -45,6 +45,10 @@ class ServerLimits:
     max_connections: int | None = None
     """Open connections; the next one is answered with 503 and closed. None: as many as file descriptors allow."""
 
+    max_descriptor: int | None = None
+    """A connection whose file descriptor is this or higher is refused likewise: descriptors are given out lowest first, so that many are in
+    use, whatever for, and the rest is needed for engines and files. None: until there are none."""
+
     backlog: int = 2_048
     """Connections that the kernel may hold until they are accepted."""
 
