@@ -248,13 +248,16 @@ def _relayed(headers: Headers) -> tuple[bytes, int | None]:
             found = headers.notes = _relayed(list(headers))
         return found
     length = None
+    events = False
     kept = []
     for header in headers:
         if header[0] not in NOT_RELAYED:
             kept.append(header)
+            events = events or (header[0] == b"content-type" and header[1].startswith(b"text/event-stream"))
         elif header[0] == b"content-length":
             length = int(header[1])
-    return head_bytes(b"", kept), length
+    # of events some are hidden and a last one is completed: they have no length that is known before
+    return head_bytes(b"", kept), None if events else length
 
 
 def _drop(data: bytes) -> None:

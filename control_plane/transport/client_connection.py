@@ -18,7 +18,7 @@ from control_plane.errors import InstanceFailed
 from control_plane.transport.heads import END, MAX_HEAD_BYTES
 from control_plane.transport.known_headers import KnownHeaders
 from control_plane.transport.wheel import NEVER_S, Deadline
-from control_plane.transport.wire import JOIN_BYTES
+from control_plane.transport.wire import JOIN_BYTES, LENGTH_DIGITS
 
 if TYPE_CHECKING:
     from control_plane.transport.client import ClientCall, HttpClient
@@ -348,6 +348,8 @@ class ClientConnection(asyncio.Protocol):
         for name, value in headers:
             if name == b"content-length":
                 framed = True
+                if len(value) > LENGTH_DIGITS:
+                    raise _Garbage("a content-length of too many digits")
             elif name == b"transfer-encoding":
                 framed = True
                 if value.lower() != b"chunked":
@@ -447,7 +449,12 @@ class ClientConnection(asyncio.Protocol):
         else:
             self.transport.abort()
         call.ended()
-        call.receiver.on_complete()
+        try:
+            call.receiver.on_complete()
+        except Exception as error:
+            # whoever waits behind it must hear of an end
+            log.error("a receiver failed", exc_info=error)
+            call.receiver.on_error(InstanceFailed(f"{self._client.base_url}: its answer could not be handled", sent=True))
 
     def _fail(self, reason: str, *, timed_out: bool = False) -> None:
         call = self._call
