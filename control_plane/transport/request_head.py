@@ -111,6 +111,8 @@ def check_framing(headers: list[tuple[bytes, bytes]], keep_alive: bool, version:
         elif name == b"connection":
             connection = value
         elif name == b"transfer-encoding":
+            if encoding is not None:
+                raise invalid("More than one Transfer-Encoding header.")
             encoding = value
         elif name == b"expect":
             expect = value

@@ -103,6 +103,27 @@ def _serve(reads: list[bytes], *, known: HttpServer | None = None) -> tuple[list
     return seen, bytes(transport.wrote), server
 
 
+def serve(reads: list[bytes]) -> list[tuple[Exchange, bytes]]:
+    """The requests that a connection makes of these reads, with their bodies, to look at."""
+    seen: list[tuple[Exchange, bytes]] = []
+
+    def handler(exchange: Exchange) -> None:
+        seen.append((exchange, exchange.body))
+        exchange.respond(200, (), b"ok")
+
+    server = HttpServer(handler, limits=LIMITS)
+    server.loop = asyncio.get_running_loop()
+    server.wheel = _wheel()
+    transport = FakeTransport()
+    connection = ServerConnection(server)
+    connection.connection_made(transport)  # type: ignore[arg-type]
+    for piece in reads:
+        connection.data_received(piece)
+    connection.connection_lost(None)
+    server.wheel.close()
+    return seen
+
+
 def _wheel() -> Any:
     from control_plane.transport import TimerWheel
 
@@ -227,6 +248,50 @@ def client_reads(data: bytes) -> None:
         if at_once.good and in_pieces.good:
             # a stream without its last empty line gets one
             assert at_once.body.split() == in_pieces.body.split()
+
+
+class _Kept:
+    """A transport's receiver that keeps one answer."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.body = b""
+        self.whole = False
+
+    def on_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.status = status
+
+    def on_body(self, data: bytes) -> None:
+        self.body += data
+
+    def on_complete(self) -> None:
+        self.whole = True
+
+    def on_error(self, error: ControlPlaneError) -> None:
+        self.whole = False
+
+
+def heard_of(reads: list[bytes]) -> tuple[int, bytes] | None:
+    """Status and body of the answer that the client makes of these reads and a hang-up; None where it is none."""
+    client = HttpClient("http://127.0.0.1:1", limits=ClientLimits(max_header_bytes=2048))
+    client._bind()
+    transport, kept = FakeTransport(), _Kept()
+    connection = ClientConnection(client)
+    connection.connection_made(transport)  # type: ignore[arg-type]
+    client.pool(connection)
+    client.send("POST", "/x", (), b"", kept)
+    for piece in reads:
+        if not transport.closed:
+            connection.data_received(piece)
+    if not transport.closed:
+        connection.eof_received()
+    connection.connection_lost(None)
+    for task in list(client._opening):
+        task.cancel()
+    if client._sweeper is not None:
+        client._sweeper.close()
+    client.wheel.close()
+    return (kept.status, kept.body) if kept.whole else None
 
 
 # ---- bodies

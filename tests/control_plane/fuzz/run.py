@@ -1,4 +1,4 @@
-"""Fuzz for as long as one likes: ``python tests/control_plane/fuzz/run.py [server|client|body ...] [--seconds 60]``.
+"""Fuzz for as long as one likes: ``python tests/control_plane/fuzz/run.py [TARGET ...] [--seconds 60]``.
 
 With atheris where it is installed (it is guided by the code that an input reaches), else by changing seeds at random. What fails is
 written to ``tests/control_plane/data/fuzz/TARGET/``, where the tests take it up from then on.
@@ -18,8 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from fuzz_targets import SEEDS, TARGETS
+import fuzz_targets
+from fuzz_targets import SEEDS
+from peers import PEERS
 
+TARGETS = {**fuzz_targets.TARGETS, **PEERS}
 KEPT = Path(__file__).resolve().parents[1] / "data" / "fuzz"
 #: what a change may put in
 WORDS = b"\r\n|\n|:| |0|content-length|chunked|\x00|\xff|{|}|data: |\n\n|HTTP/1.1 200 OK\r\n".split(b"|")
@@ -80,12 +83,14 @@ def run_atheris(target: str, seconds: float) -> None:
 
     with atheris.instrument_imports(include=["control_plane"]):
         import fuzz_targets
+        import peers
 
+    targets = {**fuzz_targets.TARGETS, **peers.PEERS}
     loop = asyncio.new_event_loop()
 
     def one(data: bytes) -> None:
         async def within() -> None:
-            fuzz_targets.TARGETS[target](data)
+            targets[target](data)
 
         loop.run_until_complete(within())
 
