@@ -337,6 +337,7 @@ class ClientConnection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self._interim:
             self._interim = False
+            self.set_limit()
         else:
             self._progress = _COMPLETE
 
@@ -378,6 +379,7 @@ class ClientConnection(asyncio.Protocol):
         rest = b""
         if len(data) > room_bytes:
             data, rest = data[:room_bytes], data[room_bytes:]
+        was_in_head = self._progress == _IN_HEAD
         if self._progress == _AWAITED:
             self._progress = _IN_HEAD
         try:
@@ -391,7 +393,9 @@ class ClientConnection(asyncio.Protocol):
             return
         self._at_chunk = self._chunk_done and self._on_frame is not _no_frame and not rest and data[-2:] == b"\r\n"
         self._head_bytes += len(data)
-        self.set_limit()
+        if not (was_in_head and self._progress == _IN_HEAD):
+            # a head has its time as a whole: none may drip for ever
+            self.set_limit()
         if self._progress == _IN_HEAD and self._head_bytes >= self._call_limit_bytes():
             self._fail("the head of its answer is too large")
         elif rest and self._call is not None:

@@ -64,7 +64,7 @@ class ClientLimits:
     """From the request's writing to the first byte of its answer."""
 
     chunk_timeout_s: float | None = 60.0
-    """Between two reads of an answer that has begun. A paused call does not count."""
+    """Between two reads of an answer that has begun, and for all of its head. A paused call does not count."""
 
     total_timeout_s: float | None = None
     """From ``send`` to the answer's end, connecting included."""
