@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from control_plane import field_rules
-from control_plane.errors import InvalidRequest
+from control_plane.errors import InvalidRequest, quoted
 
 
 class RequestPriority(IntEnum):
@@ -39,7 +39,7 @@ class RequestPriority(IntEnum):
         except (KeyError, ValueError):
             pass
         names = ", ".join(member.name.lower() for member in cls)
-        raise InvalidRequest(f"priority {value!r} is not one of {names}", param="priority")
+        raise InvalidRequest(f"priority {quoted(repr(value))} is not one of {names}", param="priority")
 
     @classmethod
     def from_wire(cls, value: int) -> RequestPriority:

@@ -48,7 +48,9 @@ def read_requests(data: bytes) -> list[Request]:
 
 def _plain(request: Request) -> Request:
     method, target, headers, body = request
-    return method, target, [header for header in headers if header[0] not in _CHANGED], body
+    # h11 writes the encoding in lower case
+    kept = [(name, value.lower() if name == b"transfer-encoding" else value) for name, value in headers if name not in _CHANGED]
+    return method, target, kept, body
 
 
 def requests_agree(data: bytes) -> None:

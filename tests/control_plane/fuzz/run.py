@@ -14,13 +14,26 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-import fuzz_targets
-from fuzz_targets import SEEDS
-from peers import PEERS
+
+def instrumented() -> AbstractContextManager[object]:
+    """Modules that are imported within tell atheris where an input leads; for that it must be their first import."""
+    if "--one" not in sys.argv:
+        return nullcontext()
+    import atheris
+
+    made: AbstractContextManager[object] = atheris.instrument_imports(include=["control_plane"])
+    return made
+
+
+with instrumented():
+    import fuzz_targets
+    from fuzz_targets import SEEDS
+    from peers import PEERS
 
 TARGETS = {**fuzz_targets.TARGETS, **PEERS}
 KEPT = Path(__file__).resolve().parents[1] / "data" / "fuzz"
@@ -81,16 +94,11 @@ def run_atheris(target: str, seconds: float) -> None:
     """Never returns: libFuzzer ends the process."""
     import atheris
 
-    with atheris.instrument_imports(include=["control_plane"]):
-        import fuzz_targets
-        import peers
-
-    targets = {**fuzz_targets.TARGETS, **peers.PEERS}
     loop = asyncio.new_event_loop()
 
     def one(data: bytes) -> None:
         async def within() -> None:
-            targets[target](data)
+            TARGETS[target](data)
 
         loop.run_until_complete(within())
 
