@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
-from control_plane.errors import BudgetExhausted, DeadlineUnreachable, InvalidRequest, ModelNotFound, NoInstanceAvailable
+from control_plane.errors import BudgetExhausted, DeadlineUnreachable, InvalidRequest, ModelNotFound, NoInstanceAvailable, quoted
 from control_plane.field_rules import wrong
 from control_plane.protocols import FleetView
 from control_plane.types import ExecutionInstance, ParallelismType, RequestKind, RequestMetadata, RequestPriority
@@ -36,7 +36,7 @@ def validate_request(request: RequestMetadata) -> None:
     if request.parallelism_hint is not None:
         request.parallelism_hint = ParallelismType.parse(request.parallelism_hint)
     if request.when_late not in ("serve", "reject"):
-        raise InvalidRequest(f"when_late {request.when_late!r} is not one of serve, reject", param="when_late")
+        raise InvalidRequest(f"when_late {quoted(repr(request.when_late))} is not one of serve, reject", param="when_late")
 
 
 def _check_texts(request: RequestMetadata) -> None:

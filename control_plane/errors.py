@@ -19,7 +19,8 @@
      ├─ DeadlineUnreachable     503  deadline_unreachable
      ├─ Draining                503  draining
      ├─ InstanceFailed          502  instance_failed       the engine broke: refused, hung up, answered garbage
-     │   └─ EngineError         its own status             the engine answered with an error of its own
+     │   ├─ EngineError         its own status             the engine answered with an error of its own
+     │   └─ OutOfDescriptors    503  no_descriptors        this process has no file descriptor left to ask an engine with
      ├─ RequestTimeout          504  timeout
      ├─ RequestCancelled        499  cancelled
      └─ ConfigurationError      500  configuration_error   wrong configuration or option; names the field
@@ -31,6 +32,16 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import msgspec
+
+#: of a message: what a client or an engine says is quoted in many, and ended requests are remembered with theirs
+MAX_MESSAGE = 4_000
+#: of a name that a client gave, where it is quoted
+MAX_QUOTED = 200
+
+
+def quoted(text: str) -> str:
+    """``text``, cut where it is too long to be quoted whole."""
+    return text if len(text) <= MAX_QUOTED else f"{text[:MAX_QUOTED]}..."
 
 
 class ControlPlaneError(RuntimeError):
@@ -49,6 +60,8 @@ class ControlPlaneError(RuntimeError):
     default_retry_after_s: ClassVar[float | None] = None
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        if len(message) > MAX_MESSAGE:
+            message = f"{message[:MAX_MESSAGE]}..."
         super().__init__(message)
         self.message = message
         self.param = param
@@ -83,7 +96,7 @@ class ModelNotFound(ControlPlaneError):
 
     def __init__(self, model: str, available: Sequence[str] = ()) -> None:
         known = ", ".join(sorted(available)) or "none yet"
-        super().__init__(f"The model `{model}` does not exist. Models served here: {known}.", param="model")
+        super().__init__(f"The model `{quoted(model)}` does not exist. Models served here: {known}.", param="model")
         self.model = model
         self.available = tuple(sorted(available))
 
@@ -225,10 +238,31 @@ class EngineError(InstanceFailed):
         self.body = body
         self.content_type = content_type
 
+    def remembered(self) -> EngineError:
+        """The same without most of a long body: so it is kept with its request, of which there are thousands."""
+        if len(self.body) <= MAX_MESSAGE:
+            return self
+        short = EngineError(self.status, self.body[:MAX_MESSAGE], instance_id=self.instance_id, content_type=self.content_type)
+        short.args, short.message = self.args, self.message
+        short.retry_after_s, short.sent = self.retry_after_s, self.sent
+        return short
+
     @property
     def is_engine_fault(self) -> bool:
         """True for a 5xx: it counts against the instance. A 4xx is the caller's, 408 and 429 are load."""
         return self.status >= 500
+
+
+class OutOfDescriptors(InstanceFailed):
+    """No file descriptor is left here for a connection to an engine. No engine is at fault, and none could be asked instead."""
+
+    code = "no_descriptors"
+    http_status = 503
+    error_type = "service_unavailable_error"
+    default_retry_after_s = 1.0
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, connected=False, retryable=False)
 
 
 class RequestTimeout(ControlPlaneError):

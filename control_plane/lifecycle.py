@@ -43,6 +43,8 @@ from control_plane.types import ExecutionInstance, Leg, RequestKind, RequestMeta
 LATENCY_WEIGHT = 0.1
 #: lanes kept ready; where more come, it begins anew
 MAX_LANES = 1024
+#: characters; longer names are taken for no model's, also while servers have not told theirs
+MAX_MODEL_NAME = 1024
 #: a request that starts this soon after its arrival did not wait
 AT_ONCE_S = 0.001
 
@@ -221,7 +223,7 @@ class RequestLifecycle:
     def resolve_model(self, model: str | None) -> str:
         fleet = self._fleet
         if model:
-            if fleet.knows(model) or any(not instance.model_name for instance in fleet.instances()):
+            if fleet.knows(model) or (len(model) <= MAX_MODEL_NAME and any(not instance.model_name for instance in fleet.instances())):
                 return model
             raise ModelNotFound(model, tuple(fleet.models()))
         if self.default_model is not None:
@@ -484,6 +486,8 @@ class RequestLifecycle:
         self._end(job, _FAILED)
         self._metrics.on_failed(job, error)
         job.sink.failed(error)
+        if isinstance(error, EngineError):
+            job.error = error.remembered()
         self._settled(job)
         if left:
             self.dispatcher.room_soon()

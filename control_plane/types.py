@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from control_plane import field_rules
-from control_plane.errors import InvalidRequest
+from control_plane.errors import InvalidRequest, quoted
 from control_plane.live_state import LIVE_FIELDS, REQUEST_FIELDS, LiveState, RequestFields
 
 
@@ -40,7 +40,7 @@ class RequestPriority(IntEnum):
         except (KeyError, ValueError):
             pass
         names = ", ".join(member.name.lower() for member in cls)
-        raise InvalidRequest(f"priority {value!r} is not one of {names}", param="priority")
+        raise InvalidRequest(f"priority {quoted(repr(value))} is not one of {names}", param="priority")
 
     @classmethod
     def from_wire(cls, value: int) -> RequestPriority:

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import gc
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -76,7 +77,7 @@ async def _serve(manager: ControlPlaneManager, gateway: Gateway, config: Control
         await gateway.start(server.host, server.port, server.admin_host, server.admin_port)
         await engines_told(manager)
         settle_garbage_collector()
-        print(f"listening on {gateway.url}", flush=True)
+        announce(f"listening on {gateway.url}")
         if server.admin_port is not None:
             logger.info("the admin API is on %s", gateway.admin_url)
         await signals.first()
@@ -86,6 +87,17 @@ async def _serve(manager: ControlPlaneManager, gateway: Gateway, config: Control
         loop_lag.stop()
         await manager.stop(0.0)
         signals.close()
+
+
+def announce(line: str) -> None:
+    """On standard output; where that takes nothing (a full disk, a closed pipe), in the log."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        logger.warning("%s (standard output cannot be written: %s)", line, error)
+        # what it holds back would fail once more at the end of the process, and be its exit status
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def settle_garbage_collector() -> None:

@@ -21,6 +21,8 @@ UNARY_HOLD_BYTES = 1024 * 1024
 TOKENS_TOLD = 32
 _JSON = (b"content-type", b"application/json")
 _CREDENTIALS = (b"authorization", b"x-api-key")
+#: a Retry-After with more is no time to wait (and with hundreds no number that a float holds)
+_RETRY_AFTER_DIGITS = 9
 #: clients of former addresses that are kept to be closed at the end; an older one's connections end by their own time limits
 MAX_FORMER = 8
 
@@ -371,6 +373,6 @@ def _content_type(headers: Headers) -> bytes:
 
 def _retry_after_s(headers: Headers) -> float | None:
     for name, value in headers:
-        if name == b"retry-after" and value.isdigit():
+        if name == b"retry-after" and value.isdigit() and len(value) <= _RETRY_AFTER_DIGITS:
             return float(value)
     return None

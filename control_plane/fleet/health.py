@@ -8,7 +8,7 @@ from random import Random
 from typing import NamedTuple
 
 from control_plane.clock import Clock
-from control_plane.errors import ControlPlaneError, EngineError, InstanceFailed
+from control_plane.errors import ControlPlaneError, EngineError, InstanceFailed, OutOfDescriptors
 from control_plane.fleet.introspection import Introspection
 from control_plane.fleet.outliers import Failure, classify
 from control_plane.fleet.record import EJECTIONS, Cause, Record
@@ -67,13 +67,18 @@ class HealthMonitor:
             await self._pause(record, pause_s)
             try:
                 await self._probe(record, self._settings.probe_misses)
+            except OutOfDescriptors:
+                pass  # we could not look, which says nothing about the engine
             except Exception as error:  # an Engine of the user's own may raise anything; its instance must stay watched
                 self._missed(record, Miss(Cause.SICK, f"probing failed: {error!r}"), self._settings.probe_misses)
             pause_s = self._next_pause_s(record) * self._rng.uniform(1 - self._settings.jitter, 1 + self._settings.jitter)
 
     async def check(self, record: Record) -> bool:
         """One probe now, outside of the rhythm; a single miss counts."""
-        return await self._probe(record, misses_allowed=1)
+        try:
+            return await self._probe(record, misses_allowed=1)
+        except OutOfDescriptors:
+            return record.instance.health_status == HealthStatus.HEALTHY
 
     def probe_soon(self, record: Record) -> None:
         """Something happened there: look now rather than at the next interval."""
@@ -113,9 +118,14 @@ class HealthMonitor:
     # ---- one probe
 
     async def ask(self, engine: Engine) -> Miss | None:
-        """``GET /health`` once: None when the server is there and does not say itself that it cannot serve."""
+        """``GET /health`` once: None when the server is there and does not say itself that it cannot serve.
+
+        Raises OutOfDescriptors, as all that asks here does, when there was nothing to ask with.
+        """
         try:
             status, _ = await engine.get("/health", self._settings.probe_timeout_s)
+        except OutOfDescriptors:
+            raise
         except InstanceFailed as error:
             kind = classify(error)
             if kind is Failure.TIMED_OUT:
@@ -176,6 +186,8 @@ class HealthMonitor:
         began_s = self._clock.now_s()
         try:
             await warm_up(engine, record.instance, self._settings.warmup_timeout_s)
+        except OutOfDescriptors:
+            raise
         except EngineError as error:
             if error.retryable:
                 return self._cold(record, error)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from control_plane.clock import Clock
-from control_plane.errors import InstanceFailed
+from control_plane.errors import InstanceFailed, OutOfDescriptors
 from control_plane.fleet.record import Cause, Record
 from control_plane.fleet.scraper import ModelCard, Scrape, parse_metrics, parse_models
 from control_plane.fleet.settings import HealthSettings
@@ -139,6 +139,8 @@ class Introspection:
         for kind, path in _PATHS.items():
             try:
                 status, _ = await engine.get(path, self._settings.probe_timeout_s)
+            except OutOfDescriptors:
+                raise  # it is asked again
             except InstanceFailed:
                 return None
             if status == 405:
@@ -155,6 +157,8 @@ class Introspection:
             status, body = await engine.get("/v1/models", self._settings.probe_timeout_s)
             cards = parse_models(body) if status == 200 else None
             unreadable = f"/v1/models answered {status}"
+        except OutOfDescriptors:
+            raise
         except (InstanceFailed, ValueError) as error:
             cards, unreadable = None, str(error)
         if cards is None:

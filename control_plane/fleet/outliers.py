@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-from control_plane.errors import EngineError, InstanceFailed
+from control_plane.errors import EngineError, InstanceFailed, OutOfDescriptors
 from control_plane.fleet.settings import HealthSettings
 
 
@@ -19,9 +19,12 @@ class Failure(StrEnum):
 
 
 def classify(error: InstanceFailed) -> Failure:
-    """Whose fault a failure is: a 4xx is the caller's (408 and 429 are load), a 5xx, a hang or a lost connection the engine's."""
+    """Whose fault a failure is: a 4xx is the caller's (408 and 429 are load), a 5xx, a hang or a lost connection the engine's; that no
+    descriptor was left to ask it with is ours."""
     if isinstance(error, EngineError):
         return Failure.ERROR if error.is_engine_fault else Failure.NOT_ITS_FAULT
+    if isinstance(error, OutOfDescriptors):
+        return Failure.NOT_ITS_FAULT
     if error.timed_out:
         return Failure.TIMED_OUT
     return Failure.BROKEN if error.connected else Failure.UNREACHABLE

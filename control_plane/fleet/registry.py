@@ -8,7 +8,7 @@ from random import Random
 from typing import Any, Final
 
 from control_plane.clock import Clock
-from control_plane.errors import EngineError, InstanceFailed, InstanceNotFound, InvalidRequest
+from control_plane.errors import EngineError, InstanceFailed, InstanceNotFound, InvalidRequest, OutOfDescriptors
 from control_plane.field_rules import wrong
 from control_plane.fleet.health import HealthMonitor
 from control_plane.fleet.in_flight import count_in, count_out, role_has_room
@@ -341,7 +341,10 @@ class Fleet:
         """Ask its server now whether it is well. A registered instance's ``health_status`` follows the answer."""
         record = self._mine(instance)
         if record is None:
-            return await self._monitor.ask(engine) is None
+            try:
+                return await self._monitor.ask(engine) is None
+            except OutOfDescriptors:
+                return False
         return await self._monitor.check(record)
 
     # ---- life

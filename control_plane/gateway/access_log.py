@@ -33,8 +33,10 @@ class AccessLog:
         self._lines: list[str] = []
         self._bytes = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._writing: asyncio.Future[None] | None = None
+        self._writing: asyncio.Future[OSError | None] | None = None
         self._failing = False
+        #: the file ends in the middle of a line: the disk was full there
+        self._torn = False
         self._second = -1
         self._second_text = ""
         self.dropped = 0
@@ -76,24 +78,38 @@ class AccessLog:
         if not self._lines or self._writing is not None:
             return
         lines, self._lines, self._bytes = self._lines, [], 0
-        data = ("\n".join(lines) + "\n").encode()
-        self._writing = asyncio.get_running_loop().run_in_executor(None, self._append, data)
-        self._writing.add_done_callback(lambda done: self._written(done, len(lines)))
+        self._writing = asyncio.get_running_loop().run_in_executor(None, self._append, lines)
+        self._writing.add_done_callback(self._written)
 
-    def _append(self, data: bytes) -> None:
-        """In a thread. The file is opened for each batch, so that it can be rotated under us."""
-        if self._path is None:
-            sys.stderr.buffer.write(data)
-            sys.stderr.buffer.flush()
-        else:
-            with self._path.open("ab") as file:
-                file.write(data)
+    def _append(self, lines: list[str]) -> OSError | None:
+        """In a thread. The file is opened for each batch, so that it can be rotated under us. What does not fit any more is lost."""
+        rest = memoryview("\n".join(("", *lines, "") if self._torn else (*lines, "")).encode())
+        try:
+            if self._path is None:
+                # the buffer in between would keep what failed and write it later
+                buffer = sys.stderr.buffer
+                while rest:
+                    rest = self._wrote(rest, getattr(buffer, "raw", buffer).write(rest))
+            else:
+                with self._path.open("ab", buffering=0) as file:
+                    while rest:
+                        rest = self._wrote(rest, file.write(rest))
+        except OSError as error:
+            self.dropped += min(len(lines), bytes(rest).count(b"\n"))
+            return error
+        return None
 
-    def _written(self, done: asyncio.Future[None], lines: int) -> None:
+    def _wrote(self, data: memoryview, size: int | None) -> memoryview:
+        """What is left of ``data``, of which ``size`` bytes were taken."""
+        if not size:
+            raise BlockingIOError("it takes no more now")
+        self._torn = data[size - 1] != 0x0A
+        return data[size:]
+
+    def _written(self, done: asyncio.Future[OSError | None]) -> None:
         self._writing = None
-        error = None if done.cancelled() else done.exception()
+        error = None if done.cancelled() else done.exception() or done.result()
         if error is not None:
-            self.dropped += lines
             if not self._failing:
                 self._events.event("access_log_failed", f"the access log cannot be written: {error}; serving goes on", error=str(error))
         elif self._failing:

@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
 
-from control_plane.errors import ControlPlaneError, Draining, NoInstanceAvailable
+from control_plane.errors import ControlPlaneError, Draining, NoInstanceAvailable, OutOfDescriptors
 from control_plane.gateway.access_log import AccessLog
 from control_plane.gateway.admin import make_admin_app
 from control_plane.gateway.asgi import serve_asgi
-from control_plane.gateway.descriptors import raise_descriptor_limit, streams_that_fit
+from control_plane.gateway.descriptors import DescriptorWatch, raise_descriptor_limit, reserved, streams_that_fit
 from control_plane.gateway.endpoints import ENDPOINTS, GENERIC, in_anthropic_api, leads_up
 from control_plane.gateway.guard import AdminGuard
 from control_plane.gateway.model_list import find_card, model_list
@@ -79,6 +79,7 @@ class Gateway:
         self._admin_calls: set[asyncio.Task[None]] = set()
         self._guard: AdminGuard | None = None
         self._admin_guard: AdminGuard | None = None
+        self._watch: DescriptorWatch | None = None
         self._server: HttpServer | None = None
         self._admin_server: HttpServer | None = None
 
@@ -89,8 +90,11 @@ class Gateway:
 
         Raises OSError when the address cannot be had, ConfigurationError when the TLS files do not load.
         """
+        descriptors = raise_descriptor_limit()
         if self.settings.max_streams is None:
-            self.relay.max_open = streams_that_fit(raise_descriptor_limit())
+            self.relay.max_open = streams_that_fit(descriptors)
+        spare = reserved(descriptors)
+        limits = replace(self._limits, max_descriptor=self._limits.max_descriptor or descriptors - spare)
         tls = self.settings.tls_context()
         self.relay.draining = False
         if admin_port is None:
@@ -98,20 +102,25 @@ class Gateway:
         else:
             listen_host = admin_host if admin_host is not None else host
             self._admin_guard = AdminGuard(self.settings.admin_key, own_listener=True, listen_host=listen_host)
-            self._admin_server = HttpServer(self.handle_admin, limits=self._limits, ssl=tls, refuse=self._refuse)
+            # whoever operates it gets in where clients do not any more
+            admin_limits = replace(limits, max_descriptor=descriptors - spare // 2)
+            self._admin_server = HttpServer(self.handle_admin, limits=admin_limits, ssl=tls, refuse=self._refuse)
             await self._admin_server.start(listen_host, admin_port)
-        self._server = HttpServer(self.handle, limits=self._limits, ssl=tls, refuse=self._refuse)
+        self._server = HttpServer(self.handle, limits=limits, ssl=tls, refuse=self._refuse)
         try:
             await self._server.start(host, port)
         except BaseException:
             await self.stop(0.0)
             raise
+        self._watch = DescriptorWatch(self.manager.events, descriptors, self._turned_away)
         self.manager.events.event(
             "gateway_started", f"{self.url} takes up to {self.relay.max_open} open streams", url=self.url, max_open=self.relay.max_open
         )
 
     async def stop(self, grace_s: float = 120.0) -> None:
         """Answer newcomers with 503, let open answers end for up to ``grace_s`` seconds, end the rest, close. May repeat."""
+        if self._watch is not None:
+            self._watch.close()
         if self._server is not None:
             await self.relay.drain(grace_s)
         for server in (self._server, self._admin_server):
@@ -143,6 +152,11 @@ class Gateway:
     def access_log_dropped(self) -> int:
         """Lines of the access log that could not be written."""
         return self._log.dropped if self._log is not None else 0
+
+    def _turned_away(self) -> int:
+        """Connections and requests that there was no descriptor for."""
+        servers = (self._server, self._admin_server)
+        return self.manager.metrics.failed[OutOfDescriptors.code] + sum(one.turned_away for one in servers if one is not None)
 
     # ---- requests
 

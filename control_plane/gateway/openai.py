@@ -56,6 +56,9 @@ class Ask:
 #: our members of a body, with the field of RequestMetadata that each sets
 OWN_MEMBERS = ("priority", "request_id", "session_id", "slo_deadline_ms", "ttft_slo_ms", "tpot_slo_ms", "cost_budget", "when_late")
 
+#: of a user (a longer one is known by its beginning) or a session: both are remembered with thousands of ended requests
+MAX_NAME = 256
+
 Resolve = Callable[[None], str]
 
 _NORMAL: Final = RequestPriority.NORMAL
@@ -156,7 +159,7 @@ def _metadata(head: Head, endpoint: Endpoint, body: bytes) -> RequestMetadata:
     if user is not None:
         if not isinstance(user, str):
             raise InvalidRequest("user: Expected `str`", param="user")
-        fields.user_id = user or None
+        fields.user_id = user[:MAX_NAME] or None
     elif endpoint.anthropic and head.metadata is not UNSET:
         request.user_id = _anthropic_user(head.metadata)
     if head.n is not None and (choices := _count(head.n)) is not None and choices > 1:
@@ -209,7 +212,7 @@ def _anthropic_user(metadata: Raw) -> str | None:
         user = _decode_metadata(metadata).user_id
     except msgspec.DecodeError:
         return None
-    return user if isinstance(user, str) and user else None
+    return user[:MAX_NAME] if isinstance(user, str) and user else None
 
 
 def _own_members(head: Head, request: RequestMetadata) -> dict[str, bytes | None]:
@@ -226,6 +229,8 @@ def _own_members(head: Head, request: RequestMetadata) -> dict[str, bytes | None
             request.priority = parse_priority(value)
         elif name == "when_late":
             request.when_late = value.lower()
+        elif name == "session_id" and len(value) > MAX_NAME:
+            raise InvalidRequest(f"session_id is longer than {MAX_NAME} characters", param="session_id")
         else:
             setattr(request, name, value)
     return found

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable
 from typing import Protocol
 
-from control_plane.errors import ControlPlaneError, InstanceFailed, NoInstanceAvailable
+from control_plane.errors import ControlPlaneError, InstanceFailed, NoInstanceAvailable, OutOfDescriptors
 from control_plane.gateway.endpoints import Endpoint
 from control_plane.gateway.replies import EVENT_STREAM, Header, error_answer, error_event, header_text, id_headers
 from control_plane.gateway.responses import ResponseHomes, response_id_in
@@ -237,6 +237,8 @@ class ResponsesSink(ClientSink):
 
 
 def _unreachable(error: ControlPlaneError) -> bool:
+    if isinstance(error, OutOfDescriptors):
+        return False
     return isinstance(error, NoInstanceAvailable) or (isinstance(error, InstanceFailed) and not error.connected)
 
 
@@ -248,13 +250,16 @@ def _relayed(headers: Headers) -> tuple[bytes, int | None]:
             found = headers.notes = _relayed(list(headers))
         return found
     length = None
+    events = False
     kept = []
     for header in headers:
         if header[0] not in NOT_RELAYED:
             kept.append(header)
+            events = events or (header[0] == b"content-type" and header[1].startswith(b"text/event-stream"))
         elif header[0] == b"content-length":
             length = int(header[1])
-    return head_bytes(b"", kept), length
+    # of events some are hidden and a last one is completed: they have no length that is known before
+    return head_bytes(b"", kept), None if events else length
 
 
 def _drop(data: bytes) -> None:

@@ -19,6 +19,7 @@ from control_plane.clock import Clock
 WARNINGS = frozenset(
     (
         "access_log_failed",
+        "descriptors_short",
         "ejection_withheld",
         "engine_metrics_missing",
         "instance_down",

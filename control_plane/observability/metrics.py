@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from control_plane.clock import Clock
-from control_plane.errors import ControlPlaneError, InstanceFailed
+from control_plane.errors import ControlPlaneError, InstanceFailed, OutOfDescriptors
 from control_plane.job import Job
 from control_plane.observability.sketch import Histogram
 from control_plane.observability.window import SERIES, Window
@@ -119,7 +119,7 @@ class MetricsRecorder:
         cell = self._cell(job)
         cell.failed += 1
         self.failed[error.code] += 1
-        broke_on = error.instance_id if isinstance(error, InstanceFailed) else None
+        broke_on = error.instance_id if isinstance(error, InstanceFailed) and not isinstance(error, OutOfDescriptors) else None
         if broke_on is not None:
             self._instance_cell(broke_on).failed += 1
         if has_target(job.request):

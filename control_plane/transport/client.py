@@ -12,9 +12,10 @@ from io import BytesIO
 from typing import Final
 from urllib.parse import SplitResult, urlsplit
 
-from control_plane.errors import ConfigurationError, InstanceFailed
+from control_plane.errors import ConfigurationError, InstanceFailed, OutOfDescriptors
 from control_plane.protocols import Headers
 from control_plane.transport.client_connection import AnswerHead, ClientConnection, Receiver
+from control_plane.transport.descriptors import out_of_descriptors
 from control_plane.transport.heads import HeadMemory
 from control_plane.transport.limits import ClientLimits
 from control_plane.transport.wheel import NEVER_S, Deadline, TimerWheel
@@ -109,6 +110,12 @@ class ClientCall:
         self._task = None
         self.let_go_of_request()
         self._client.active -= 1
+
+    def starve(self, reason: str) -> None:
+        """There is no descriptor for its connection."""
+        if not self.over:
+            self.ended()
+            self.receiver.on_error(OutOfDescriptors(f"{self._client.base_url}: {reason}"))
 
     def fail(self, reason: str, *, timed_out: bool = False, sent: bool = False, connected: bool = True) -> None:
         if not self.over:
@@ -318,7 +325,11 @@ class HttpClient:
             reason = os.strerror(error.errno) if error.errno else f"no connection within {limit_s:g} s"
             call.fail(f"cannot connect to {self._host}:{self._port}: {reason}", timed_out=True, connected=False)
         except (OSError, ValueError) as error:
-            call.fail(f"cannot connect to {self._host}:{self._port}: {_reason(error)}", connected=False)
+            reason = f"cannot connect to {self._host}:{self._port}: {_reason(error)}"
+            if isinstance(error, OSError) and out_of_descriptors(error):
+                call.starve(reason)
+            else:
+                call.fail(reason, connected=False)
         else:
             if call.over:
                 connection.drop()

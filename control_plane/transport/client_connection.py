@@ -18,7 +18,7 @@ from control_plane.errors import InstanceFailed
 from control_plane.transport.heads import END, MAX_HEAD_BYTES
 from control_plane.transport.known_headers import KnownHeaders
 from control_plane.transport.wheel import NEVER_S, Deadline
-from control_plane.transport.wire import JOIN_BYTES
+from control_plane.transport.wire import JOIN_BYTES, LENGTH_DIGITS
 
 if TYPE_CHECKING:
     from control_plane.transport.client import ClientCall, HttpClient
@@ -337,6 +337,7 @@ class ClientConnection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         if self._interim:
             self._interim = False
+            self.set_limit()
         else:
             self._progress = _COMPLETE
 
@@ -348,6 +349,8 @@ class ClientConnection(asyncio.Protocol):
         for name, value in headers:
             if name == b"content-length":
                 framed = True
+                if len(value) > LENGTH_DIGITS:
+                    raise _Garbage("a content-length of too many digits")
             elif name == b"transfer-encoding":
                 framed = True
                 if value.lower() != b"chunked":
@@ -376,6 +379,7 @@ class ClientConnection(asyncio.Protocol):
         rest = b""
         if len(data) > room_bytes:
             data, rest = data[:room_bytes], data[room_bytes:]
+        was_in_head = self._progress == _IN_HEAD
         if self._progress == _AWAITED:
             self._progress = _IN_HEAD
         try:
@@ -389,7 +393,9 @@ class ClientConnection(asyncio.Protocol):
             return
         self._at_chunk = self._chunk_done and self._on_frame is not _no_frame and not rest and data[-2:] == b"\r\n"
         self._head_bytes += len(data)
-        self.set_limit()
+        if not (was_in_head and self._progress == _IN_HEAD):
+            # a head has its time as a whole: none may drip for ever
+            self.set_limit()
         if self._progress == _IN_HEAD and self._head_bytes >= self._call_limit_bytes():
             self._fail("the head of its answer is too large")
         elif rest and self._call is not None:
@@ -447,7 +453,12 @@ class ClientConnection(asyncio.Protocol):
         else:
             self.transport.abort()
         call.ended()
-        call.receiver.on_complete()
+        try:
+            call.receiver.on_complete()
+        except Exception as error:
+            # whoever waits behind it must hear of an end
+            log.error("a receiver failed", exc_info=error)
+            call.receiver.on_error(InstanceFailed(f"{self._client.base_url}: its answer could not be handled", sent=True))
 
     def _fail(self, reason: str, *, timed_out: bool = False) -> None:
         call = self._call

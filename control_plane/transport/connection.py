@@ -90,7 +90,11 @@ class ServerConnection(asyncio.Protocol):
         high = self._limits.write_buffer_high_bytes
         self.transport.set_write_buffer_limits(high=high, low=high // 4)
         self._deadline.set(self._time() + self._limits.idle_timeout_s)
-        if not self._server.admit(self):
+        if self._server.admit(self):
+            return
+        if self.transport.is_closing():  # cut off without a word
+            self._state = _CLOSING
+        else:
             self._refuse(Refused(503, "too_many_connections", "Too many open connections.", 1))
 
     def data_received(self, data: bytes) -> None:
@@ -210,6 +214,12 @@ class ServerConnection(asyncio.Protocol):
 
     def abort(self) -> None:
         self.transport.abort()
+
+    @property
+    def descriptor(self) -> int:
+        """Its file descriptor; -1 where there is none."""
+        found = self.transport.get_extra_info("socket")
+        return -1 if found is None else int(found.fileno())
 
     # ---- own steps
 

@@ -45,6 +45,10 @@ class ServerLimits:
     max_connections: int | None = None
     """Open connections; the next one is answered with 503 and closed. None: as many as file descriptors allow."""
 
+    max_descriptor: int | None = None
+    """A connection whose file descriptor is this or higher is refused likewise: descriptors are given out lowest first, so that many are in
+    use, whatever for, and the rest is needed for engines and files. None: until there are none."""
+
     backlog: int = 2_048
     """Connections that the kernel may hold until they are accepted."""
 
@@ -60,7 +64,7 @@ class ClientLimits:
     """From the request's writing to the first byte of its answer."""
 
     chunk_timeout_s: float | None = 60.0
-    """Between two reads of an answer that has begun. A paused call does not count."""
+    """Between two reads of an answer that has begun, and for all of its head. A paused call does not count."""
 
     total_timeout_s: float | None = None
     """From ``send`` to the answer's end, connecting included."""

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple
 
-from control_plane.transport.wire import has_token
+from control_plane.transport.wire import LENGTH_DIGITS, has_token
 
 _HOST: Final = re.compile(rb"(?:[A-Za-z0-9._~!$&'()*+;=%:-]*|\[[0-9A-Fa-f:.]+\](?::\d*)?)")
 
@@ -104,10 +104,14 @@ def check_framing(headers: list[tuple[bytes, bytes]], keep_alive: bool, version:
                 raise invalid("More than one Host header.")
             host = value
         elif name == b"content-length":
+            if len(value) > LENGTH_DIGITS:
+                raise invalid("The Content-Length has too many digits.")
             length = int(value)
         elif name == b"connection":
             connection = value
         elif name == b"transfer-encoding":
+            if encoding is not None:
+                raise invalid("More than one Transfer-Encoding header.")
             encoding = value
         elif name == b"expect":
             expect = value

@@ -47,6 +47,8 @@ class HttpServer:
         self.limits = limits or ServerLimits()
         self.receiving = Receiving()
         self.open_exchanges = 0
+        #: connections refused because descriptors were short
+        self.turned_away = 0
         self.draining = False
         self.loop: asyncio.AbstractEventLoop
         self.wheel: TimerWheel
@@ -115,10 +117,16 @@ class HttpServer:
     def admit(self, connection: ServerConnection) -> bool:
         """Count a new connection. False: it is one too many."""
         self._connections.add(connection)
-        most = self.limits.max_connections
-        if most is None or len(self._connections) <= most:
+        most, highest = self.limits.max_connections, self.limits.max_descriptor
+        over = over_descriptors = 0
+        if most is not None:
+            over = len(self._connections) - most
+        if highest is not None:
+            over_descriptors = connection.descriptor - highest + 1
+        if over <= 0 and over_descriptors <= 0:
             return True
-        if len(self._connections) > most + _MOST_REFUSED:
+        self.turned_away += over_descriptors > 0
+        if over > _MOST_REFUSED or over_descriptors > min(_MOST_REFUSED, (highest or 0) // 16):
             connection.abort()
         return False
 

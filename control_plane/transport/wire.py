@@ -20,6 +20,9 @@ FRAMING_HEADERS: Final = frozenset(
 
 STATUS_LINES: Final = {status.value: b"HTTP/1.1 %d %b\r\n" % (status.value, status.phrase.encode("latin-1")) for status in HTTPStatus}
 
+#: of a content-length; 64 bits have no more, so all that more digits could bring is zeros (and Python reads only 4,300 of them)
+LENGTH_DIGITS: Final = 20
+
 CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
 
 #: methods that are served, as the parser names them

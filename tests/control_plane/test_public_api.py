@@ -274,6 +274,7 @@ ERRORS = {
     "Draining": ("draining", 503, RuntimeError),
     "InstanceFailed": ("instance_failed", 502, RuntimeError),
     "EngineError": ("instance_failed", 502, errors.InstanceFailed),
+    "OutOfDescriptors": ("no_descriptors", 503, errors.InstanceFailed),
     "RequestTimeout": ("timeout", 504, RuntimeError),
     "RequestCancelled": ("cancelled", 499, RuntimeError),
     "ConfigurationError": ("configuration_error", 500, ValueError),

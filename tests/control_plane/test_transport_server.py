@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import socket
 import ssl
 import struct
@@ -330,6 +331,46 @@ def test_too_many_connections(loop: str) -> None:
                 assert b"retry-after: 1" in answer
             await until(lambda: server.connections == 0)
             assert statuses(await ask(server.port, GET, half_close=True)) == [200]
+
+    run(loop, scenario())
+
+
+@pytest.mark.parametrize("secure", [False, True], ids=["plain", "TLS"])
+def test_a_connection_with_too_high_a_descriptor_is_refused(loop: str, secure: bool, tmp_path: Path) -> None:
+    asking = None
+    serving_options: dict[str, ssl.SSLContext] = {}
+    if secure:
+        (tmp_path / "cert.pem").write_text(CERTIFICATE)
+        (tmp_path / "key.pem").write_text(PRIVATE_KEY)
+        serving_options["ssl"] = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        serving_options["ssl"].load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+        asking = ssl.create_default_context(cadata=CERTIFICATE)
+
+    async def one(port: int) -> list[int]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=asking)
+        with contextlib.suppress(OSError):  # it may be refused before it has asked
+            writer.write(posted(CLOSE[:-2], b"Content-Length: 3"))
+        try:
+            return statuses(await reader.read())
+        finally:
+            writer.close()
+
+    async def scenario() -> None:
+        async with serving(echo, ServerLimits(max_descriptor=100_000), **serving_options) as server:
+            assert await one(server.port) == [200]
+            assert server.turned_away == 0
+        # as if 60 others were open: of those above, a sixteenth is told so
+        async with serving(echo, ServerLimits(max_descriptor=60, linger_s=0.2), **serving_options) as server:
+            held = [os.dup(0) for _ in range(60)]
+            try:
+                with contextlib.suppress(OSError):
+                    assert await one(server.port) in ([], [503])
+                assert server.turned_away == 1
+            finally:
+                for descriptor in held:
+                    os.close(descriptor)
+        async with serving(echo, ServerLimits(max_descriptor=10_000), **serving_options) as server:
+            assert await one(server.port) == [200]
 
     run(loop, scenario())
 

@@ -103,14 +103,35 @@ def _serve(reads: list[bytes], *, known: HttpServer | None = None) -> tuple[list
     return seen, bytes(transport.wrote), server
 
 
+def serve(reads: list[bytes]) -> list[tuple[Exchange, bytes]]:
+    """The requests that a connection makes of these reads, with their bodies, to look at."""
+    seen: list[tuple[Exchange, bytes]] = []
+
+    def handler(exchange: Exchange) -> None:
+        seen.append((exchange, exchange.body))
+        exchange.respond(200, (), b"ok")
+
+    server = HttpServer(handler, limits=LIMITS)
+    server.loop = asyncio.get_running_loop()
+    server.wheel = _wheel()
+    transport = FakeTransport()
+    connection = ServerConnection(server)
+    connection.connection_made(transport)  # type: ignore[arg-type]
+    for piece in reads:
+        connection.data_received(piece)
+    connection.connection_lost(None)
+    server.wheel.close()
+    return seen
+
+
 def _wheel() -> Any:
     from control_plane.transport import TimerWheel
 
     return TimerWheel(asyncio.get_running_loop())
 
 
-def _statuses(answers: bytes) -> list[int]:
-    """Of a run of answers as this server writes them; asserts that it is nothing else."""
+def _statuses(answers: bytes, methods: list[str]) -> list[int]:
+    """Of a run of answers as this server writes them to requests of these methods; asserts that it is nothing else."""
     found = []
     while answers:
         head, separator, rest = answers.partition(b"\r\n\r\n")
@@ -124,7 +145,8 @@ def _statuses(answers: bytes) -> list[int]:
         lines = [line.partition(b": ") for line in head.split(b"\r\n")[1:]]
         lengths = [int(value) for name, _, value in lines if name == b"content-length"]
         assert len(lengths) == 1
-        body = rest[: lengths[0]]
+        headless = len(found) <= len(methods) and methods[len(found) - 1] == "HEAD"
+        body = b"" if headless else rest[: lengths[0]]
         answers = rest[len(body) :]
     return found
 
@@ -134,7 +156,7 @@ def server_reads(data: bytes) -> None:
     into reads, or what heads came before, changes no request."""
     whole, reads = split(data)
     at_once, answers, server = _serve([whole])
-    statuses = _statuses(answers)
+    statuses = _statuses(answers, [method for method, _, _ in at_once])
     refused = [status for status in statuses if status != 200]
     assert len(statuses) - len(refused) <= len(at_once)
     assert len(refused) <= 1
@@ -227,6 +249,50 @@ def client_reads(data: bytes) -> None:
         if at_once.good and in_pieces.good:
             # a stream without its last empty line gets one
             assert at_once.body.split() == in_pieces.body.split()
+
+
+class _Kept:
+    """A transport's receiver that keeps one answer."""
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.body = b""
+        self.whole = False
+
+    def on_head(self, status: int, headers: list[tuple[bytes, bytes]]) -> None:
+        self.status = status
+
+    def on_body(self, data: bytes) -> None:
+        self.body += data
+
+    def on_complete(self) -> None:
+        self.whole = True
+
+    def on_error(self, error: ControlPlaneError) -> None:
+        self.whole = False
+
+
+def heard_of(reads: list[bytes]) -> tuple[int, bytes] | None:
+    """Status and body of the answer that the client makes of these reads and a hang-up; None where it is none."""
+    client = HttpClient("http://127.0.0.1:1", limits=ClientLimits(max_header_bytes=2048))
+    client._bind()
+    transport, kept = FakeTransport(), _Kept()
+    connection = ClientConnection(client)
+    connection.connection_made(transport)  # type: ignore[arg-type]
+    client.pool(connection)
+    client.send("POST", "/x", (), b"", kept)
+    for piece in reads:
+        if not transport.closed:
+            connection.data_received(piece)
+    if not transport.closed:
+        connection.eof_received()
+    connection.connection_lost(None)
+    for task in list(client._opening):
+        task.cancel()
+    if client._sweeper is not None:
+        client._sweeper.close()
+    client.wheel.close()
+    return (kept.status, kept.body) if kept.whole else None
 
 
 # ---- bodies

@@ -1,4 +1,4 @@
-"""Fuzz for as long as one likes: ``python tests/control_plane/fuzz/run.py [server|client|body ...] [--seconds 60]``.
+"""Fuzz for as long as one likes: ``python tests/control_plane/fuzz/run.py [TARGET ...] [--seconds 60]``.
 
 With atheris where it is installed (it is guided by the code that an input reaches), else by changing seeds at random. What fails is
 written to ``tests/control_plane/data/fuzz/TARGET/``, where the tests take it up from then on.
@@ -14,12 +14,28 @@ import subprocess
 import sys
 import time
 import traceback
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from fuzz_targets import SEEDS, TARGETS
 
+def instrumented() -> AbstractContextManager[object]:
+    """Modules that are imported within tell atheris where an input leads; for that it must be their first import."""
+    if "--one" not in sys.argv:
+        return nullcontext()
+    import atheris
+
+    made: AbstractContextManager[object] = atheris.instrument_imports(include=["control_plane"])
+    return made
+
+
+with instrumented():
+    import fuzz_targets
+    from fuzz_targets import SEEDS
+    from peers import PEERS
+
+TARGETS = {**fuzz_targets.TARGETS, **PEERS}
 KEPT = Path(__file__).resolve().parents[1] / "data" / "fuzz"
 #: what a change may put in
 WORDS = b"\r\n|\n|:| |0|content-length|chunked|\x00|\xff|{|}|data: |\n\n|HTTP/1.1 200 OK\r\n".split(b"|")
@@ -78,14 +94,11 @@ def run_atheris(target: str, seconds: float) -> None:
     """Never returns: libFuzzer ends the process."""
     import atheris
 
-    with atheris.instrument_imports(include=["control_plane"]):
-        import fuzz_targets
-
     loop = asyncio.new_event_loop()
 
     def one(data: bytes) -> None:
         async def within() -> None:
-            fuzz_targets.TARGETS[target](data)
+            TARGETS[target](data)
 
         loop.run_until_complete(within())
 

@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from fuzz_targets import SEEDS, TARGETS
+import fuzz_targets
+from fuzz_targets import SEEDS
+from peers import PEERS
 from run import KEPT, changed
 
+TARGETS = {**fuzz_targets.TARGETS, **PEERS}
 #: inputs a target in every run of the tests
 INPUTS = 1500
 

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import json
+import resource
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from control_plane.clock import ManualClock
 from control_plane.gateway import GatewaySettings
@@ -118,6 +126,82 @@ async def test_it_says_when_it_works_again(tmp_path: Path, eventually: Any) -> N
     assert [line["request_id"] for line in lines_of(folder / "access.log")] == ["kept"]
     await eventually(lambda: heard.names == ["access_log_failed", "access_log_works"])
     assert log.dropped == 1
+
+
+async def test_a_disk_that_fills_up_tears_one_line_and_no_other(tmp_path: Path, monkeypatch: Any, eventually: Any) -> None:
+    heard, path = Heard(), tmp_path / "access.log"
+    log = AccessLog(ManualClock(), heard, str(path))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700, hard))  # the file takes 700 bytes, and then no more
+    try:
+        for batch in range(3):
+            for n in range(5):
+                log.write(Line("t", f"r{batch}-{n}", "POST", "/v1/chat/completions", 200, 1.0))
+            await log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    log.write(Line("t", "later", "POST", "/", 200, 1.0))
+    await log.close()
+    await eventually(lambda: heard.names == ["access_log_failed", "access_log_works"])
+
+    lines = path.read_text().splitlines()
+    whole = [json.loads(line)["request_id"] for line in lines if line.endswith("}")]
+    torn = [line for line in lines if not line.endswith("}")]
+    assert len(torn) == 1
+    assert whole == [f"r{n // 5}-{n % 5}" for n in range(len(whole) - 1)] + ["later"]
+    assert log.dropped == 15 - (len(whole) - 1)
+
+
+@pytest.mark.parametrize("where", ["access log", "standard error", "standard output"])
+def test_a_gateway_whose_logs_are_on_a_full_disk_serves(where: str, tmp_path: Path) -> None:
+    """``/dev/full`` takes nothing, as a full disk does."""
+    port = free_port()
+    command = [sys.executable, "-m", "control_plane.cli", "serve", "--port", str(port)]
+    if where == "access log":
+        command += ["--access-log-path", "/dev/full"]
+    error_log = tmp_path / "stderr"
+    with Path("/dev/full").open("wb") as full, error_log.open("wb") as file:
+        stdout = full if where == "standard output" else subprocess.DEVNULL
+        process = subprocess.Popen(command, stdout=stdout, stderr=full if where == "standard error" else file)
+        try:
+            wait_for_port(port, process)
+            for _ in range(3):
+                assert status_of(port, "/v1/models") == 200
+                time.sleep(0.6)  # the log is written every half second
+            page = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5).read().decode()
+        finally:
+            process.terminate()
+            status = process.wait(20)
+    assert status == 0
+    said = error_log.read_text()
+    if where == "standard output":
+        assert f"listening on http://127.0.0.1:{port} (standard output cannot be written" in said
+    else:
+        assert 'control_plane_events_total{event="access_log_failed"} 1.0' in page
+    if where == "access log":
+        assert said.count("event=access_log_failed") == 1
+        assert "No space left on device" in said
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def wait_for_port(port: int, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(200):
+        assert process.poll() is None
+        with socket.socket() as tried:
+            if tried.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.05)
+    raise AssertionError("the gateway does not listen")
+
+
+def status_of(port: int, path: str) -> int:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
+        return int(answer.status)
 
 
 async def test_what_waits_for_the_disk_is_bounded(tmp_path: Path, monkeypatch: Any) -> None:

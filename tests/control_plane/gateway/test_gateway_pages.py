@@ -325,5 +325,7 @@ async def test_it_serves_tls(make_stand: Any, tmp_path: Path) -> None:
 
 def test_streams_that_fit() -> None:
     assert streams_that_fit(20_500) == 10_000
-    assert streams_that_fit(100) == 1
+    assert streams_that_fit(1_000) == 375
+    assert streams_that_fit(100) == 37
+    assert streams_that_fit(2) == 1
     assert raise_descriptor_limit() >= 256

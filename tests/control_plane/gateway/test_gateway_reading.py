@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from control_plane.errors import InvalidRequest
+from control_plane.errors import EngineError, InvalidRequest
 from control_plane.gateway.endpoints import ANY, CHAT, ENDPOINTS, GENERIC, MESSAGES, RESPONSES, Endpoint
 from control_plane.gateway.forms import form_fields
 from control_plane.gateway.openai import HEAD_BYTES, Ask, read
 from control_plane.gateway.request_ids import RequestIds
 from control_plane.gateway.routing_members import NamesNoModel
-from control_plane.types import RequestKind, RequestPriority
+from control_plane.types import ExecutionInstance, RequestKind, RequestPriority
 
 COMPLETION = ENDPOINTS["/v1/completions"]
 HELLO = b'{"model":"m","messages":[{"role":"user","content":"Hello"}]}'
@@ -515,3 +516,59 @@ def test_deep_nesting_leaves_the_stack_as_it_was() -> None:
 
     assert sys.getrecursionlimit() == limit
     assert ask(HELLO).request.model_name == "m"
+
+
+# ---- what is remembered and quoted is bounded
+
+
+HUGE = "x" * 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/v1/chat/completions", {"messages": [], "user": HUGE}),
+        ("/v1/messages", {"messages": [], "max_tokens": 1, "metadata": {"user_id": HUGE}}),
+        ("/v1/chat/completions", {"messages": [], "request_id": HUGE}),
+    ],
+)
+def test_nothing_huge_is_remembered_of_a_request(path: str, fields: dict[str, Any]) -> None:
+    body = json.dumps({"model": "m", **fields}).encode()
+    request = read(ENDPOINTS[path], body, {}, lambda _: "m").request
+
+    assert request.user_id in (None, HUGE[:256])
+    assert (request.model_name, request.session_id, request.tags, request.extra_body) == ("m", None, {}, {})
+
+
+@pytest.mark.parametrize("name", ["session_id", "priority", "when_late"])
+def test_a_huge_member_is_refused_without_an_echo_of_it(name: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        read(ENDPOINTS["/v1/completions"], json.dumps({"model": "m", "prompt": "", name: HUGE}).encode(), {}, lambda _: "m")
+
+    assert refused.value.param == name
+    assert len(refused.value.message) < 500
+
+
+async def test_a_huge_model_name_is_refused_without_an_echo_of_it(stand: Any, make_stand: Any) -> None:
+    answer = await stand.ask("POST", "/v1/completions", {"model": HUGE, "prompt": ""})
+    assert (answer.status, answer.error["code"]) == (404, "model_not_found")
+    assert len(answer.body) < 1000
+
+    # a server that has not told its model may serve any, but none of such a name
+    unknown = await make_stand(engines=0)
+    unknown.manager.register_instance(ExecutionInstance("silent", url="http://127.0.0.1:9"))
+    answer = await unknown.ask("POST", "/v1/completions", {"model": HUGE, "prompt": ""})
+    assert (answer.status, answer.error["code"]) == (404, "model_not_found")
+
+
+async def test_of_a_long_error_of_an_engine_the_client_gets_all_and_little_is_kept(stand: Any) -> None:
+    body = json.dumps({"error": {"message": HUGE}}).encode()
+    stand.engine.answer = lambda exchange: exchange.respond(400, [(b"content-type", b"application/json")], body)
+
+    answer = await stand.ask("POST", "/v1/completions", {"model": "m", "prompt": ""}, x_request_id="r1")
+
+    assert (answer.status, answer.body) == (400, body)
+    kept = (await stand.manager.result("r1")).error
+    assert isinstance(kept, EngineError)
+    assert len(kept.body) <= 4000
+    assert len(kept.message) < 5000
