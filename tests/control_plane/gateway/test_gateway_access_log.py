@@ -136,11 +136,11 @@ async def test_a_disk_that_fills_up_tears_one_line_and_no_other(tmp_path: Path, 
     try:
         for batch in range(3):
             for n in range(5):
-                log.write(Line("t", f"r{batch}-{n}", "POST", "/v1/chat/completions", 200, 1.0))
+                log.write(0.0, Line(f"r{batch}-{n}", "POST", "/v1/chat/completions", 200, 1.0))
             await log.close()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    log.write(Line("t", "later", "POST", "/", 200, 1.0))
+    log.write(0.0, Line("later", "POST", "/", 200, 1.0))
     await log.close()
     await eventually(lambda: heard.names == ["access_log_failed", "access_log_works"])
 
