@@ -18,7 +18,7 @@ from control_plane.admission import affordable, preferred
 from control_plane.errors import BudgetExhausted, ControlPlaneError, NoInstanceAvailable, RequestTimeout
 from control_plane.fleet import Fleet
 from control_plane.job import Job, LaneKey
-from control_plane.live_state import LiveState
+from control_plane.live_state import LiveState, RequestFields
 from control_plane.pd_routing import PDRoutingStrategy
 from control_plane.policies import Decided, SchedulingPolicy, decide, given
 from control_plane.queue import RequestQueue, set_key
@@ -85,6 +85,7 @@ class Dispatcher:
         self._policy = policy
         self._picks_next = policy.picks_next
         self._places_itself = policy.places_itself
+        self._narrows = policy.narrows
 
     @property
     def router(self) -> RequestRouter:
@@ -172,9 +173,11 @@ class Dispatcher:
     ) -> tuple[Decided, ExecutionInstanceType | None]:
         fleet, policy = self.fleet, self._policy
         given = candidates
-        if request.preferred_instance_id is not None or request.parallelism_hint is not None:
+        fields: RequestFields = request
+        if fields.preferred_instance_id is not None or fields.parallelism_hint is not None:
             candidates = preferred(request, candidates, fleet)
-        candidates = policy.narrow(request, candidates, fleet, arrival_s) or candidates
+        if self._narrows:
+            candidates = policy.narrow(request, candidates, fleet, arrival_s) or candidates
         role, phase = _GENERAL, None
         if self.pd_router is not None:
             phase, fit, _ = self.pd_router.narrow(request, candidates)
@@ -243,7 +246,8 @@ class Dispatcher:
 
     def _place(self, job: Job, candidates: list[ExecutionInstance]) -> bool:
         try:
-            if job.request.cost_budget is not None:
+            fields: RequestFields = job.request
+            if fields.cost_budget is not None:
                 candidates = list(affordable(job.request, candidates, self.fleet))
             if self._places_itself or self._selects_async:
                 return self._place_in_task(job, candidates)

@@ -29,7 +29,7 @@ from control_plane.errors import (
 )
 from control_plane.fleet import Fleet, PrefixIndex
 from control_plane.job import Job, LaneKey
-from control_plane.live_state import LiveState
+from control_plane.live_state import LiveState, RequestFields
 from control_plane.observability.metrics import MetricsRecorder
 from control_plane.policies import SchedulingPolicy, call_hook
 from control_plane.prediction import LatencyPredictor
@@ -40,13 +40,13 @@ from control_plane.recovery import after_failure
 from control_plane.types import ExecutionInstance, Leg, RequestKind, RequestMetadata, RequestStatus, Usage
 
 #: weight of one request in an instance's mean latency
-LATENCY_WEIGHT = 0.1
+LATENCY_WEIGHT: Final = 0.1
 #: lanes kept ready; where more come, it begins anew
-MAX_LANES = 1024
+MAX_LANES: Final = 1024
 #: characters; longer names are taken for no model's, also while servers have not told theirs
 MAX_MODEL_NAME = 1024
 #: a request that starts this soon after its arrival did not wait
-AT_ONCE_S = 0.001
+AT_ONCE_S: Final = 0.001
 
 _QUEUED: Final = RequestStatus.QUEUED
 _COMPLETED: Final = RequestStatus.COMPLETED
@@ -145,7 +145,8 @@ class RequestLifecycle:
             raise
         arrival = self._clock.utc(now_s)
         if owner is None:
-            request.arrival_time = request.queue_time = arrival
+            fields: RequestFields = request
+            fields.arrival_time = fields.queue_time = arrival
         else:
             owner.request_id = job.request_id
             job.stamp(arrival_time=arrival, queue_time=arrival, schedule_time=None, start_time=None, end_time=None)
@@ -197,11 +198,12 @@ class RequestLifecycle:
             )
 
     def _estimate_input(self, job: Job) -> None:
-        request = job.request
-        tokens = request.input_tokens
+        fields: RequestFields = job.request
+        tokens: int | None = fields.input_tokens
         if tokens is None:
             # estimated once: policy, PD routing and router all ask for it
-            tokens = request.input_tokens = self._predictor.input_tokens(request)
+            tokens = self._predictor.input_tokens(job.request)
+            fields.input_tokens = tokens
         job.input_tokens = tokens
 
     def _name(self, request: RequestMetadata) -> None:
@@ -243,10 +245,11 @@ class RequestLifecycle:
             if named:
                 self.resolve_model(lane.model)
             self._check_kind(lane)
-        if request.model_name is None:
-            request.model_name = lane.model
+        fields: RequestFields = request
+        if fields.model_name is None:
+            fields.model_name = lane.model
         self._estimate_input(job)
-        if request.cost_budget is not None or request.when_late == "reject":
+        if fields.cost_budget is not None or fields.when_late == "reject":
             # what waits ahead in its lane, at the pace of the requests started there lately
             wait_ms = 0.0 if room else self.queue.present_wait_s(lane) * 1000.0
             admit(request, self._fleet.eligible(lane), self._fleet, wait_ms)
@@ -339,10 +342,11 @@ class RequestLifecycle:
     def launch(self, job: Job, leg: Leg) -> None:
         job.scheduled_s = now_s = self._clock.now_s()
         job.attempts += 1
-        arrival = job.request.arrival_time if now_s - job.arrival_s < AT_ONCE_S else None
+        fields: RequestFields = job.request
+        arrival = fields.arrival_time if now_s - job.arrival_s < AT_ONCE_S else None
         now = arrival or self._clock.utc(now_s)
         if job.owner is None:
-            job.request.schedule_time = job.request.start_time = now
+            fields.schedule_time = fields.start_time = now
         else:
             job.stamp(schedule_time=now, start_time=now)
         try:

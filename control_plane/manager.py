@@ -40,7 +40,6 @@ from control_plane.types import (
     PDMetrics,
     PDSeparationConfig,
     PerformanceMetrics,
-    RequestKind,
     RequestMetadata,
     RequestStatusInfo,
     SchedulingDecision,
@@ -208,14 +207,10 @@ class ControlPlaneManager:
 
     # ---- the gateway's way in
 
-    def accept(
-        self, request: RequestMetadata, wire: WireRequest, sink: Sink, *, kind: RequestKind, model: str | None, pinned: str | None = None
-    ) -> Job:
-        """Admit and queue a request whose body is ready; ``sink`` hears how it goes (maybe before this returns).
-
-        ``pinned``: only that instance will do. ``request.request_id`` is made unique. Raises what :meth:`submit_request` raises.
-        """
-        return self._lifecycle.accept(request, wire, sink, kind=kind, model=model, pinned=pinned)
+    @property
+    def lifecycle(self) -> RequestLifecycle:
+        """What accepts requests whose body is ready: ``lifecycle.accept(request, wire, sink, kind=..., model=...)``."""
+        return self._lifecycle
 
     def cancel(self, job: Job, error: ControlPlaneError | None = None) -> None:
         """Drop a request wherever it is. Its sink hears ``error`` if one is given, else nothing more. May repeat."""
@@ -468,6 +463,7 @@ class ControlPlaneManager:
             return
         try:
             if (why := policy.review(self._queue_state())) is not None:
+                self._dispatcher.policy = policy  # it is asked anew what it does
                 self.queue.rekey(policy, self.fleet)
                 self.events.event("policy_switched", why, policy=policy.name)
         except Exception as error:  # the user's own: said once, not four times a second

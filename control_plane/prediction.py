@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TypeVar, cast
+from typing import Final, TypeVar, cast
 
 from control_plane import roofline
 from control_plane.errors import InvalidRequest
-from control_plane.live_state import LiveState
+from control_plane.live_state import LiveState, RequestFields
 from control_plane.types import ExecutionInstance, ExecutionInstanceType, RequestKind, RequestMetadata
 
 #: samples that the roofline prior counts as, and the memory of the learned lines, in samples
@@ -28,19 +28,20 @@ TYPICAL_BACKLOG_MS = 10_000.0
 #: a first token whose predicted wait is longer than so many of its own prefills tells nothing of the prefill
 DROWNED = 4.0
 #: so many ends of an instance all teach; after that one in so many seconds does, which follows any drift and costs nothing under load
-LEARN_ALL_SAMPLES = 256
-SAMPLE_INTERVAL_S = 0.02
+LEARN_ALL_SAMPLES: Final = 256
+SAMPLE_INTERVAL_S: Final = 0.02
 #: batch at which an instance counts as well used; dollars are shared out at this batch, so that they do not swing with the load
 NOMINAL_BATCH = 32
-BYTES_PER_TOKEN_PRIOR = 4.0
+BYTES_PER_TOKEN_PRIOR: Final = 4.0
 OUTPUT_TOKENS_PRIOR = 200.0
 #: observations of a length class before it is believed over the coarser one
-LENGTH_SAMPLES = 8
+LENGTH_SAMPLES: Final = 8
 MAX_MODELS = 1024
 MAX_INSTANCES = 16_384
 MS_PER_HOUR = 3_600_000.0
 
-NOT_GENERATIVE = frozenset((RequestKind.EMBEDDING, RequestKind.RERANK, RequestKind.SCORE, RequestKind.ANY))
+_CHAT: Final = RequestKind.CHAT
+NOT_GENERATIVE: Final = frozenset((RequestKind.EMBEDDING, RequestKind.RERANK, RequestKind.SCORE, RequestKind.ANY))
 
 _K = TypeVar("_K")
 _V = TypeVar("_V")
@@ -181,22 +182,26 @@ class LatencyPredictor:
 
     def input_tokens(self, request: RequestMetadata) -> int:
         """Prompt tokens: as told by ``request.input_tokens``, else counted (token ids), else bytes by the model's learned ratio."""
-        if request.input_tokens is not None:
-            return request.input_tokens
-        prompt = request.prompt
+        fields: RequestFields = request
+        told: int | None = fields.input_tokens
+        if told is not None:
+            return told
+        prompt = fields.prompt
         if prompt and isinstance(prompt, list) and isinstance(prompt[0], int):
             return len(prompt)
-        size = request.prompt_size_bytes
+        size: int | None = fields.prompt_size_bytes
         if size is None:
             size = request.prompt_bytes
-        return int(size / self._bytes_per_token.get(request.model_name or "", BYTES_PER_TOKEN_PRIOR)) + 1
+        return int(size / self._bytes_per_token.get(fields.model_name or "", BYTES_PER_TOKEN_PRIOR)) + 1
 
     def output_tokens(self, request: RequestMetadata) -> int:
         """Expected answer tokens, at most ``max_tokens``; 0 for kinds that generate nothing."""
-        if request.kind in NOT_GENERATIVE or (request.kind is None and request.input is not None):
+        fields: RequestFields = request
+        kind = fields.kind
+        if (kind is None and fields.input is not None) or (kind is not _CHAT and kind in NOT_GENERATIVE):
             return 0
-        limit = request.max_tokens
-        expected = int(self._length_model(request.model_name or "", limit).mean + 0.5) or 1
+        limit: int | None = fields.max_tokens
+        expected = int(self._length_model(fields.model_name or "", limit).mean + 0.5) or 1
         return expected if limit is None or expected < limit else limit
 
     def output_tokens_p90(self, request: RequestMetadata) -> int:
@@ -210,11 +215,11 @@ class LatencyPredictor:
     def _length_model(self, model: str, limit: int | None) -> LengthModel:
         """The finest class with enough samples: (model, size of max_tokens), the model, everything."""
         lengths = self._lengths
-        for key in ((model, limit.bit_length() if limit is not None else 0), (model, -1)):
-            found = lengths.get(key)
-            if found is not None and found.samples >= LENGTH_SAMPLES:
-                return found
-        return self._all_lengths
+        found = lengths.get((model, limit.bit_length() if limit is not None else 0))
+        if found is not None and found.samples >= LENGTH_SAMPLES:
+            return found
+        found = lengths.get((model, -1))
+        return found if found is not None and found.samples >= LENGTH_SAMPLES else self._all_lengths
 
     # -- instances ---------------------------------------------------------------------------------------------------------------
 
@@ -247,10 +252,8 @@ class LatencyPredictor:
 
     def services_ms(self, request: RequestMetadata, instances: Sequence[ExecutionInstance]) -> list[float]:
         """:meth:`service_ms` on each of them; the request's own figures are looked up once."""
-        inputs = request.input_tokens
-        if inputs is None:
-            inputs = self.input_tokens(request)
-        outputs = self.output_tokens(request)
+        inputs = float(self.input_tokens(request))
+        outputs = float(self.output_tokens(request))
         known = self._instances
         found: list[float] = []
         for instance in instances:
@@ -277,7 +280,7 @@ class LatencyPredictor:
 
     # -- learning ----------------------------------------------------------------------------------------------------------------
 
-    def wants_sample(self, instance: ExecutionInstance, now_s: float) -> bool:
+    def wants_sample(self, instance: LiveState, now_s: float) -> bool:
         """Whether a request that ended well there now is to be learned from; counts it as one that is."""
         model = self._model(instance)
         if model.samples >= LEARN_ALL_SAMPLES and now_s < model.next_sample_s:

@@ -9,6 +9,7 @@ from control_plane.clock import Clock
 from control_plane.engines import AnswerSink, StreamSink, answer_output
 from control_plane.errors import RequestNotFound
 from control_plane.job import Job
+from control_plane.live_state import RequestFields
 from control_plane.protocols import WireRequest
 from control_plane.types import RequestStatus, RequestStatusInfo, Timings
 
@@ -54,7 +55,8 @@ class RequestRecords:
         self._live.pop(job.request_id, None)
         job.wire = _ENDED_WIRES[job.wire.stream]
         job.call = None
-        job.request.prompt_head = b""
+        fields: RequestFields = job.request
+        fields.prompt_head = b""
         if self._max_ended > 0:
             self._ended[job.request_id] = job
             if len(self._ended) > self._max_ended:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from control_plane.live_state import LiveState
 from control_plane.types import ExecutionInstance, ExecutionInstanceType
 
-_PREFILLING = ExecutionInstanceType.PREFILLING
-_DECODING = ExecutionInstanceType.DECODING
+_PREFILLING: Final = ExecutionInstanceType.PREFILLING
+_DECODING: Final = ExecutionInstanceType.DECODING
 #: requests that count as a full load where no cap is known: vLLM's usual ``--max-num-seqs``
-SOFT_CAPACITY = 256
+SOFT_CAPACITY: Final = 256
 
 
 def count_in(instance: LiveState, predicted_ms: float, phase: str | None) -> None:
     active = instance.active_requests = instance.active_requests + 1
     instance.outstanding_ms += predicted_ms
     if phase is not None:
-        if phase == _PREFILLING:
+        if phase is _PREFILLING or phase == _PREFILLING:
             instance.prefilling_active_requests += 1
-        elif phase == _DECODING:
+        elif phase is _DECODING or phase == _DECODING:
             instance.decoding_active_requests += 1
     limit = instance.max_concurrent_requests or instance.learned_concurrency or SOFT_CAPACITY
     instance.current_load = active / limit if active < limit else 1.0
@@ -32,9 +34,9 @@ def count_out(instance: LiveState, predicted_ms: float, phase: str | None) -> No
     left_ms = instance.outstanding_ms - predicted_ms
     instance.outstanding_ms = left_ms if active and left_ms > 0.0 else 0.0
     if phase is not None:
-        if phase == _PREFILLING:
+        if phase is _PREFILLING or phase == _PREFILLING:
             instance.prefilling_active_requests = max(0, instance.prefilling_active_requests - 1)
-        elif phase == _DECODING:
+        elif phase is _DECODING or phase == _DECODING:
             instance.decoding_active_requests = max(0, instance.decoding_active_requests - 1)
     limit = instance.max_concurrent_requests or instance.learned_concurrency or SOFT_CAPACITY
     instance.current_load = active / limit if active < limit else 1.0

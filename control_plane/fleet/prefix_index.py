@@ -8,19 +8,21 @@ Bytes stand in for tokens: nothing is tokenised here.
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Final
 
 import xxhash
 
+from control_plane.live_state import RequestFields
 from control_plane.types import ExecutionInstance, RequestMetadata
 
-PIECE_BYTES = 512
+PIECE_BYTES: Final = 512
 #: pieces looked at of one prompt
-MAX_PIECES = 8
+MAX_PIECES: Final = 8
 #: usual bytes of one token of text
-BYTES_PER_TOKEN = 4
+BYTES_PER_TOKEN: Final = 4
 #: pieces kept of an instance that does not tell the size of its KV cache
-DEFAULT_CAPACITY = 4096
-MAX_CAPACITY = 65_536
+DEFAULT_CAPACITY: Final = 4096
+MAX_CAPACITY: Final = 65_536
 
 
 class PrefixIndex:
@@ -64,11 +66,14 @@ class PrefixIndex:
 
 def chain(request: RequestMetadata) -> list[int]:
     """Hashes of the prompt's first whole pieces, each over everything up to its end."""
-    head = request.head(PIECE_BYTES * MAX_PIECES)
+    fields: RequestFields = request
+    head: bytes = fields.prompt_head
+    if len(head) >= PIECE_BYTES or not head:
+        head = request.head(PIECE_BYTES * MAX_PIECES)
     if len(head) < PIECE_BYTES:
         return []
     hasher = xxhash.xxh3_64((request.model_name or "").encode())
-    pieces = []
+    pieces: list[int] = []
     for start in range(0, len(head) - PIECE_BYTES + 1, PIECE_BYTES):
         hasher.update(head[start : start + PIECE_BYTES])
         pieces.append(hasher.intdigest())

@@ -24,20 +24,20 @@ from control_plane.live_state import RequestFields
 from control_plane.types import RequestKind, RequestMetadata, RequestPriority
 
 #: bytes of the prompt kept for prefix-aware placement
-HEAD_BYTES = 4096
+HEAD_BYTES: Final = 4096
 #: a larger number of tokens or choices is the engine's to refuse; for planning it counts as unknown
-_MAX_COUNT = 1 << 24
+_MAX_COUNT: Final = 1 << 24
 #: an image or sound inside the prompt counts as this many bytes of text, whatever its size
-_MEDIA_BYTES = 2048
-_MEDIA_FROM_BYTES = 16 * 1024
-_SAMPLES = 10
+_MEDIA_BYTES: Final = 2048
+_MEDIA_FROM_BYTES: Final = 16 * 1024
+_SAMPLES: Final = 10
 #: a token id counts as this many bytes of text
-_TOKEN_ID_BYTES = 4
-_SAMPLE_BYTES = 256
+_TOKEN_ID_BYTES: Final = 4
+_SAMPLE_BYTES: Final = 256
 _BRACKET: Final = 0x5B
 
-_media = re.compile(rb";base64,[A-Za-z0-9+/=_-]*")
-_at = re.compile(r" - at `\$\.?(\w*)").search
+_media: Final = re.compile(rb";base64,[A-Za-z0-9+/=_-]*")
+_at: Final = re.compile(r" - at `\$\.?(\w*)").search
 
 
 class Ask:
@@ -61,10 +61,11 @@ MAX_NAME = 256
 
 Resolve = Callable[[None], str]
 
+_UNSET: Final = UNSET
 _NORMAL: Final = RequestPriority.NORMAL
 _new: Final = RequestMetadata.__new__
-_decode = msgspec.json.Decoder(Head).decode
-_decode_metadata = msgspec.json.Decoder(AnthropicMetadata).decode
+_decode: Final = msgspec.json.Decoder(Head).decode
+_decode_metadata: Final = msgspec.json.Decoder(AnthropicMetadata).decode
 
 
 def read(
@@ -140,12 +141,12 @@ def _nothing_of_ours(head: Head) -> bool:
         is head.tpot_slo_ms
         is head.cost_budget
         is head.when_late
-        is UNSET
+        is _UNSET
     )
 
 
 def _metadata(head: Head, endpoint: Endpoint, body: bytes) -> RequestMetadata:
-    prompt = getattr(head, endpoint.prompt) if endpoint.prompt else UNSET
+    prompt = getattr(head, endpoint.prompt) if endpoint.prompt else _UNSET
     request: RequestMetadata = _new(RequestMetadata)
     fields: RequestFields = request
     fields.begin(_NORMAL)
@@ -153,14 +154,14 @@ def _metadata(head: Head, endpoint: Endpoint, body: bytes) -> RequestMetadata:
     fields.max_tokens = _count(head.max_completion_tokens) or _count(head.max_tokens) or _count(head.max_output_tokens)
     fields.kind = endpoint.kind
     fields.prompt_size_bytes = len(body)
-    if prompt is not UNSET:
-        _measure(prompt, getattr(head, endpoint.preamble) if endpoint.preamble else UNSET, head.tools, request)
+    if prompt is not _UNSET:
+        _measure(prompt, getattr(head, endpoint.preamble) if endpoint.preamble else _UNSET, head.tools, request)
     user = head.user
     if user is not None:
         if not isinstance(user, str):
             raise InvalidRequest("user: Expected `str`", param="user")
         fields.user_id = user[:MAX_NAME] or None
-    elif endpoint.anthropic and head.metadata is not UNSET:
+    elif endpoint.anthropic and head.metadata is not _UNSET:
         request.user_id = _anthropic_user(head.metadata)
     if head.n is not None and (choices := _count(head.n)) is not None and choices > 1:
         fields.extra_body = {"n": choices}
@@ -182,9 +183,9 @@ def _measure(prompt: Raw, preamble: Raw | UnsetType, tools: Raw | UnsetType, req
         size = _TOKEN_ID_BYTES * tokens
     elif size >= _MEDIA_FROM_BYTES and _looks_like_media(view, size):
         size = _text_size(bytes(view))
-    if tools is not UNSET:
+    if tools is not _UNSET:
         size += len(memoryview(tools))
-    if preamble is not UNSET:
+    if preamble is not _UNSET:
         size += len(memoryview(preamble))
         first = (bytes(memoryview(preamble)[:HEAD_BYTES]) + first)[:HEAD_BYTES]
     request.prompt_size_bytes = size
@@ -220,7 +221,7 @@ def _own_members(head: Head, request: RequestMetadata) -> dict[str, bytes | None
     found: dict[str, bytes | None] = {}
     for name in OWN_MEMBERS:
         value = getattr(head, name)
-        if value is UNSET:
+        if value is _UNSET:
             continue
         found[name] = None
         if value is None:
@@ -245,7 +246,7 @@ def _name_model(head: Head, request: RequestMetadata, endpoint: Endpoint, resolv
 
 def _want_usage(stream_options: Raw | UnsetType, changes: dict[str, bytes | None]) -> bool:
     """Whether usage is to be asked for and hidden; notes the edit where ``stream_options`` is there or other edits are made."""
-    if stream_options is UNSET:
+    if stream_options is _UNSET:
         if changes:
             changes["stream_options"] = b'{"include_usage":true}'
         return True

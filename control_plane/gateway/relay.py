@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping
+from typing import Final
 
 from control_plane.errors import ControlPlaneError, Draining, InvalidRequest
 from control_plane.gateway.access_line import Line
@@ -21,11 +22,13 @@ from control_plane.gateway.routing_members import NamesNoModel
 from control_plane.gateway.settings import GatewaySettings
 from control_plane.gateway.sink import ClientSink, ResponsesSink
 from control_plane.job import Job
+from control_plane.live_state import LiveState, RequestFields
 from control_plane.manager import ControlPlaneManager
 from control_plane.protocols import WireRequest
 from control_plane.transport import Exchange
 from control_plane.types import ExecutionInstance, RequestKind, RequestMetadata
 
+_ANONYMOUS: Final = RequestMetadata().tenant
 #: client headers that go on to the engine, beside the content type where it is not plain JSON
 _CREDENTIALS = frozenset((b"authorization", b"x-api-key"))
 _FORWARDED = frozenset((b"anthropic-version", b"anthropic-beta", b"traceparent", b"tracestate", b"endpoint-load-metrics-format"))
@@ -43,6 +46,7 @@ class Relay:
 
     def __init__(self, manager: ControlPlaneManager, settings: GatewaySettings, log: AccessLog | None, *, max_open: int) -> None:
         self.manager = manager
+        self._lifecycle = manager.lifecycle
         self.homes = ResponseHomes(manager.fleet, settings.max_remembered_responses)
         self.cors = Cors(settings.cors_origins)
         self.open: set[ClientSink] = set()
@@ -172,7 +176,7 @@ class Relay:
     def _accept(self, request: RequestMetadata, wire: WireRequest, sink: ClientSink, kind: RequestKind, pinned: str | None) -> None:
         self.open.add(sink)
         try:
-            job = self.manager.accept(request, wire, sink, kind=kind, model=request.model_name, pinned=pinned)
+            job = self._lifecycle.accept(request, wire, sink, kind=kind, model=request.model_name, pinned=pinned)
         except ControlPlaneError as error:
             self.refused[error.code] += 1
             sink.failed(error)
@@ -233,11 +237,13 @@ class Relay:
         if job is not None:
             arrival_s = job.arrival_s
             line.total_ms = (now_s - arrival_s) * 1000.0
-            line.tenant = job.request.tenant[:128]
+            fields: RequestFields = job.request
+            line.tenant = (fields.tenant_id or fields.user_id or _ANONYMOUS)[:128]
             line.model = job.lane.model
             line.attempts = job.attempts
             if job.instance is not None:
-                line.instance = job.instance.instance_id
+                live: LiveState = job.instance
+                line.instance = live.instance_id
                 line.queue_ms = (job.scheduled_s - arrival_s) * 1000.0
             if job.first_token_s:
                 line.ttft_ms = (job.first_token_s - arrival_s) * 1000.0

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from control_plane.clock import Clock
 from control_plane.errors import ControlPlaneError, InstanceFailed, OutOfDescriptors
 from control_plane.job import Job
+from control_plane.live_state import LiveState, RequestFields
 from control_plane.observability.sketch import Histogram
 from control_plane.observability.window import SERIES, Window
 from control_plane.types import ExecutionInstance, PerformanceMetrics, RequestMetadata, RequestPriority
@@ -110,8 +111,8 @@ class MetricsRecorder:
         cell.completed += 1
         self._count_tokens(job, cell)
         self._keep_times(job, cell)
-        request = job.request
-        if request.slo_deadline_ms is not None or request.ttft_slo_ms is not None or request.tpot_slo_ms is not None:
+        fields: RequestFields = job.request
+        if fields.slo_deadline_ms is not None or fields.ttft_slo_ms is not None or fields.tpot_slo_ms is not None:
             self._judge(cell, met_all_targets(job))
 
     def on_failed(self, job: Job, error: ControlPlaneError) -> None:
@@ -193,7 +194,8 @@ class MetricsRecorder:
         return sum(cell.input_tokens + cell.output_tokens for cell in self.cells.values())
 
     def _cell(self, job: Job) -> ModelCell:
-        key = (job.lane.model, job.request.priority)
+        fields: RequestFields = job.request
+        key = (job.lane.model, fields.priority)
         return self.cells.get(key) or self._new_cell(*key)
 
     def _new_cell(self, model: str, priority: RequestPriority) -> ModelCell:
@@ -222,7 +224,8 @@ class MetricsRecorder:
         current.completed += 1
         current.output_tokens += made
         if job.instance is not None:
-            instance = self._instance_cell(job.instance.instance_id)
+            live: LiveState = job.instance
+            instance = self._instance_cell(live.instance_id)
             instance.completed += 1
             instance.output_tokens += made
         if job.cost_usd:

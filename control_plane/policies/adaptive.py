@@ -65,6 +65,11 @@ class AdaptivePolicy(SchedulingPolicy):
     ) -> list[ExecutionInstance]:
         return self._active.narrow(request, candidates, view, arrival_s)
 
+    @property
+    def narrows(self) -> bool:
+        """As the active one does, unless a subclass has a ``narrow`` of its own."""
+        return self._active.narrows if type(self).narrow is AdaptivePolicy.narrow else super().narrows
+
     def review(self, state: QueueState) -> str | None:
         """Switches at most once in ``dwell_s``; returns why it did."""
         self._judge(state)

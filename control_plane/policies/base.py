@@ -85,6 +85,13 @@ class SchedulingPolicy:
         own = self.get_next_request
         return getattr(own, "__func__", own) is not SchedulingPolicy.get_next_request
 
+    @property
+    def narrows(self) -> bool:
+        """True when the subclass brings a ``narrow`` of its own. Asked when the policy is set, and after each :meth:`review` that
+        changed the order."""
+        own = self.narrow
+        return getattr(own, "__func__", own) is not SchedulingPolicy.narrow
+
     async def schedule(self, request: RequestMetadata, instances: list[ExecutionInstance]) -> SchedulingDecision:
         """Where ``request`` would go now, of ``instances``, and why. Raises NoInstanceAvailable (none given, none usable),
         ModelNotFound and BudgetExhausted."""

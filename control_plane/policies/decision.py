@@ -9,6 +9,7 @@ from control_plane.live_state import LiveState
 from control_plane.protocols import FleetView
 from control_plane.router.placement import Placement
 from control_plane.types import (
+    Candidate,
     ExecutionInstance,
     ExecutionInstanceType,
     Leg,
@@ -60,6 +61,7 @@ class Decided:
             return self._decision
         placement, leg = self._placement, self.leg
         assert placement is not None
+        candidates = placement.candidates
         where = leg.instance_id if leg.role is _GENERAL else f"{leg.role} on {leg.instance_id}"
         self._decision = SchedulingDecision(
             instance_id=self.instance_id,
@@ -69,9 +71,9 @@ class Decided:
             parallelism_config=parallelism_of(placement.instance),
             estimated_cost=self.estimated_cost,
             reason=f"{self.policy} order, {where}: {placement.reason}",
-            confidence=confidence_of(placement),
+            confidence=confidence_of(placement, candidates),
             plan=Plan((leg,)),
-            candidates=placement.candidates,
+            candidates=candidates,
             policy=self.policy,
             router=self.router,
             service_ms=self.service_ms,
@@ -140,11 +142,11 @@ def leg_of(instance_id: str, role: ExecutionInstanceType) -> Leg:
     return Leg(instance_id, role)
 
 
-def confidence_of(placement: Placement) -> float:
+def confidence_of(placement: Placement, candidates: tuple[Candidate, ...]) -> float:
     """How clear the choice was, in [0, 1]: 1.0 without an alternative, 0.5 when the best other was predicted equal, towards 1.0 the
     worse it was, towards 0.0 the better it was (a router that does not go by milliseconds)."""
     chosen_id, own_ms = placement.instance.instance_id, placement.predicted_ms
-    for instance_id, other_ms in placement.candidates:
+    for instance_id, other_ms in candidates:
         if instance_id != chosen_id:
             total_ms = own_ms + other_ms
             return other_ms / total_ms if total_ms > 0.0 else 0.5

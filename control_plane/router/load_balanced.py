@@ -7,11 +7,8 @@ from random import Random
 
 from control_plane.protocols import FleetView
 from control_plane.router.base import RoutingStrategy
-from control_plane.router.placement import SAMPLE_ABOVE, Placement, ScoredPlacement, least, sampled, work_ms
+from control_plane.router.placement import Placement, least_work
 from control_plane.types import ExecutionInstance, RequestMetadata
-
-#: candidates that differ by less than this share of the request's own service count as equal and take turns
-TIE_SHARE = 0.05
 
 
 class LoadBalanced(RoutingStrategy):
@@ -25,8 +22,6 @@ class LoadBalanced(RoutingStrategy):
         self._turn = 0
 
     def place(self, request: RequestMetadata, candidates: Sequence[ExecutionInstance], view: FleetView) -> Placement:
-        seen = candidates if len(candidates) <= SAMPLE_ABOVE else sampled(request, candidates, view, self._rng)
-        scores_ms, services_ms = work_ms(request, seen, view)
-        chosen = least(scores_ms, TIE_SHARE * min(services_ms), self._turn)
-        self._turn += 1
-        return ScoredPlacement(seen, scores_ms, chosen, len(candidates), "least outstanding predicted work", services_ms[chosen])
+        turn = self._turn
+        self._turn = turn + 1
+        return least_work(request, candidates, view, self._rng, turn)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 
 import xxhash
 
+from control_plane.live_state import LiveState
 from control_plane.protocols import FleetView
 from control_plane.router.placement import SAMPLE_ABOVE, SAMPLE_SIZE
 from control_plane.types import ExecutionInstance
@@ -53,9 +54,9 @@ class RingCache:
         self._last = HashRing(())
 
     def of(self, instances: Sequence[ExecutionInstance]) -> HashRing:
-        ids = tuple([i.instance_id for i in instances])
-        if ids == self._last.ids:
+        if self._is_last(instances):
             return self._last
+        ids = tuple([i.instance_id for i in instances])
         ring = self._rings.pop(ids, None)
         if ring is None:
             ring = HashRing(ids)
@@ -63,6 +64,16 @@ class RingCache:
                 del self._rings[next(iter(self._rings))]
         self._rings[ids] = self._last = ring
         return ring
+
+    def _is_last(self, instances: Sequence[ExecutionInstance]) -> bool:
+        known = self._last.ids
+        if len(known) != len(instances):
+            return False
+        for at, instance in enumerate(instances):
+            live: LiveState = instance
+            if live.instance_id is not known[at] and live.instance_id != known[at]:
+                return False
+        return True
 
 
 def owner_within_bound(

@@ -332,8 +332,8 @@ async def test_a_fault_of_ours_is_a_500_and_the_rest_goes_on(stand: Any, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(stand.manager, "get_metrics", broken)
-        patch.setattr(stand.manager, "accept", broken)
-        for answer in (await stand.ask("GET", "/control/v1/metrics"), await stand.chat()):
+        patch.setattr(stand.manager, "resolve_model", broken)
+        for answer in (await stand.ask("GET", "/control/v1/metrics"), await stand.ask("POST", "/v1/chat/completions", b"{}")):
             assert (answer.status, answer.error["code"]) == (500, "internal_error")
             assert b"oops" not in answer.body
 
