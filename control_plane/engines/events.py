@@ -6,6 +6,8 @@ is escaped, so ``"usage"`` in an answer's words reads ``\\"usage\\"`` on the wir
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from control_plane.engines.usage_form import decode_usage
@@ -14,6 +16,9 @@ from control_plane.types import Usage
 #: one event larger than this is not an event stream any more
 MAX_EVENT_BYTES = 16 * 1024 * 1024
 DONE = b"data: [DONE]"
+#: where the text of an event stands, by API
+_TEXTS: Final = (b'"content":"', b'"text":"', b'"reasoning":"', b'"reasoning_content":"', b'"arguments":"')
+_BACKSLASH: Final = 0x5C
 
 
 def find_usage(data: bytes) -> Usage | None:
@@ -108,6 +113,36 @@ def was_aborted(data: bytes) -> bool:
     if data.rfind(b'"abort"') < 0:  # a third of the time of ``in``
         return False
     return b'"finish_reason":"abort"' in data or b'"finish_reason": "abort"' in data
+
+
+def is_special(events: bytes) -> bool:
+    """Whether whole events may say more than a piece of text: usage, an error, an end. (Searching from the end takes a third of the time of
+    ``in``: it skips by the first byte of what is searched, which is rarer than the last.)"""
+    return (
+        events.rfind(b'"usage":{') >= 0
+        or events.rfind(b'"usage": {') >= 0
+        or events.rfind(b'"error"') >= 0
+        or events.rfind(b'"abort"') >= 0
+        or events.rfind(b"[DONE]") >= 0
+    )
+
+
+def around_text(event: bytes) -> tuple[bytes, bytes]:
+    """What stands before and after the text in the only event of a chunk; b"" twice where there is not one plain text.
+
+    Another chunk with the same before and after, and without a quote in between, says nothing else: JSON has its names in quotes.
+    """
+    if event.find(b"\n") != len(event) - 2 or event[:7] != b"data: {":
+        return b"", b""
+    for name in _TEXTS:
+        at = event.find(name)
+        if at >= 0:
+            start = at + len(name)
+            end = event.find(b'"', start)
+            if end > 0 and event[end - 1] != _BACKSLASH:
+                return event[:start], event[end:]
+            break
+    return b"", b""
 
 
 def find_error(events: bytes) -> bytes | None:

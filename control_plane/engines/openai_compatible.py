@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 from collections import deque
 from collections.abc import Callable
+from typing import Final
 
 from control_plane.clock import Clock
 from control_plane.engines import events
@@ -18,7 +19,9 @@ from control_plane.types import ExecutionInstance, Leg, RequestMetadata, Usage
 #: a unary answer up to this size is held until it is whole, so that an engine that dies in the middle can be replaced unseen
 UNARY_HOLD_BYTES = 1024 * 1024
 #: tokens of a stream are told so many at a time, after the first
-TOKENS_TOLD = 32
+TOKENS_TOLD: Final = 32
+#: how many shapes of chunks are learned of one stream
+SHAPES: Final = 16
 _JSON = (b"content-type", b"application/json")
 _CREDENTIALS = (b"authorization", b"x-api-key")
 #: a Retry-After with more is no time to wait (and with hundreds no number that a float holds)
@@ -103,6 +106,8 @@ class EngineAnswer:
     """One leg's answer on its way from the engine's connection to a sink: a transport Receiver and a Call in one."""
 
     __slots__ = (
+        "_after",
+        "_before",
         "_body",
         "_call",
         "_ended",
@@ -113,6 +118,7 @@ class EngineAnswer:
         "_last_s",
         "_now_s",
         "_saw_done",
+        "_shapes_left",
         "_sink",
         "_splitter",
         "_started",
@@ -139,6 +145,9 @@ class EngineAnswer:
         self._saw_done = False
         #: takes whole chunks with their framing, where the sink has a use for that; set while a stream is under way
         self._forward: Callable[[bytes, bytes], None] | None = None
+        #: what stood before and after the text of a chunk that was forwarded, and how often that is looked for
+        self._before = self._after = b""
+        self._shapes_left = SHAPES
         #: tokens that have come and are not told yet, and when
         self._tokens = 0
         self._first_s = self._last_s = 0.0
@@ -194,26 +203,41 @@ class EngineAnswer:
             self._hold(data)
 
     def on_frame(self, frame: bytes, data: bytes) -> None:
-        """One chunk of the answer. Of a stream that has begun, whole events that say nothing special go on as they came.
-        (Searching from the end takes a third of the time of ``in``: it skips by the first byte, which is rarer than the last.)"""
+        """One chunk of the answer. Of a stream that has begun, whole events that say nothing special go on as they came."""
         forward = self._forward
-        if (
-            forward is None
-            or data[-2:] != b"\n\n"
-            or data.rfind(b'"usage":{') >= 0
-            or data.rfind(b'"usage": {') >= 0
-            or data.rfind(b'"error"') >= 0
-            or data.rfind(b'"abort"') >= 0
-            or data.rfind(b"[DONE]") >= 0
-            or self._splitter.tail  # type: ignore[union-attr]
-        ):
+        if forward is None:
             self.on_body(data)
             return
+        before, after = self._before, self._after
+        middle_end = len(data) - len(after)
+        if (
+            before
+            and middle_end >= len(before)
+            and data[: len(before)] == before
+            and data[middle_end:] == after
+            and b'"' not in data[len(before) : middle_end]
+            and not self._splitter_tail()
+        ):
+            # as the one before it but for a piece of text: nothing has to be searched
+            self._tokens += 1
+        elif data[-2:] != b"\n\n" or events.is_special(data) or self._splitter_tail():
+            self.on_body(data)
+            return
+        else:
+            self._tokens += data.count(b"data: {")
+            if self._shapes_left:
+                self._shapes_left -= 1
+                before, after = events.around_text(data)
+                if before:
+                    self._before, self._after = before, after
         self._last_s = self._now_s()
-        self._tokens += data.count(b"data: {")
         if self._tokens >= TOKENS_TOLD:
             self._tell_tokens()
         forward(frame, data)
+
+    def _splitter_tail(self) -> bool:
+        """The piece of an event came before and waits for its rest."""
+        return self._splitter is not None and bool(self._splitter.tail)
 
     def _tell_tokens(self) -> None:
         if self._tokens:
