@@ -253,6 +253,8 @@ class RequestMetadata(RequestFields):
     prompt_size_bytes: int | None = None
 
     def __post_init__(self) -> None:
+        if type(self) is not RequestMetadata:
+            _uncover(self, REQUEST_FIELDS)
         if type(self.priority) is not RequestPriority:
             self.priority = RequestPriority.parse(self.priority)
         if self.parallelism_hint is not None and type(self.parallelism_hint) is not ParallelismType:
@@ -291,6 +293,18 @@ class RequestMetadata(RequestFields):
         if isinstance(source, str):
             return source[:limit_bytes].encode("utf-8", "replace")[:limit_bytes]
         return repr(source).encode("utf-8", "replace")[:limit_bytes]
+
+
+def _uncover(record: Any, names: Sequence[str]) -> None:
+    """A subclass that gives a field another default hides the compiled base's attribute by one of its class: it is taken away, and what
+    the constructor has put into the object's own dict goes where it belongs."""
+    for kind in type(record).__mro__:
+        for name in names:
+            if name in vars(kind) and not hasattr(vars(kind)[name], "__set__"):
+                delattr(kind, name)
+    for name in names:
+        if name in record.__dict__:
+            setattr(record, name, record.__dict__.pop(name))
 
 
 def _state_of(record: Any) -> dict[str, Any]:
@@ -394,6 +408,8 @@ class ExecutionInstance(LiveState):
     engine: EngineStats = field(default_factory=EngineStats)
 
     def __post_init__(self, is_healthy: bool | None) -> None:
+        if type(self) is not ExecutionInstance:
+            _uncover(self, LIVE_FIELDS)
         if type(self.instance_type) is not ExecutionInstanceType:
             try:
                 self.instance_type = ExecutionInstanceType(self.instance_type)
