@@ -13,7 +13,7 @@ from control_plane.errors import ControlPlaneError, Draining, NoInstanceAvailabl
 from control_plane.gateway.access_log import AccessLog
 from control_plane.gateway.admin import make_admin_app
 from control_plane.gateway.asgi import serve_asgi
-from control_plane.gateway.descriptors import DescriptorWatch, raise_descriptor_limit, reserved, streams_that_fit
+from control_plane.gateway.descriptors import DescriptorWatch, for_clients, raise_descriptor_limit, reserved, streams_that_fit
 from control_plane.gateway.endpoints import ENDPOINTS, GENERIC, in_anthropic_api, leads_up
 from control_plane.gateway.guard import AdminGuard
 from control_plane.gateway.model_list import find_card, model_list
@@ -94,7 +94,7 @@ class Gateway:
         if self.settings.max_streams is None:
             self.relay.max_open = streams_that_fit(descriptors)
         spare = reserved(descriptors)
-        limits = replace(self._limits, max_descriptor=self._limits.max_descriptor or descriptors - spare)
+        limits = replace(self._limits, max_descriptor=self._limits.max_descriptor or for_clients(descriptors))
         tls = self.settings.tls_context()
         self.relay.draining = False
         if admin_port is None:

@@ -35,6 +35,12 @@ def reserved(descriptors: int) -> int:
     return min(RESERVED, descriptors // 4)
 
 
+def for_clients(descriptors: int) -> int:
+    """The descriptors that clients' connections may have: below this number. Of those kept back a quarter is for what is open beside streams
+    at all times, so that as many streams as :func:`streams_that_fit` find a descriptor in spite of it."""
+    return descriptors - reserved(descriptors) * 3 // 4
+
+
 def streams_that_fit(descriptors: int) -> int:
     """A stream takes two descriptors, the client's and the engine's."""
     return max(1, (descriptors - reserved(descriptors)) // 2)

@@ -12,7 +12,7 @@ import pytest
 
 from control_plane.errors import ConfigurationError
 from control_plane.gateway import GatewaySettings
-from control_plane.gateway.descriptors import raise_descriptor_limit, streams_that_fit
+from control_plane.gateway.descriptors import for_clients, raise_descriptor_limit, streams_that_fit
 from control_plane.transport import Exchange
 from control_plane.types import ExecutionInstance
 
@@ -326,6 +326,9 @@ async def test_it_serves_tls(make_stand: Any, tmp_path: Path) -> None:
 def test_streams_that_fit() -> None:
     assert streams_that_fit(20_500) == 10_000
     assert streams_that_fit(1_000) == 375
+    for limit in (2_000, 20_000, 1 << 20):  # all of them find a descriptor though other things are open, and engines find one beyond
+        assert for_clients(limit) - 2 * streams_that_fit(limit) >= 100
+        assert limit - for_clients(limit) >= 300
     assert streams_that_fit(100) == 37
     assert streams_that_fit(2) == 1
     assert raise_descriptor_limit() >= 256
