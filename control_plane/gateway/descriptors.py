@@ -36,8 +36,8 @@ def reserved(descriptors: int) -> int:
 
 
 def for_clients(descriptors: int) -> int:
-    """The descriptors that clients' connections may have: below this number. Of those kept back a quarter is for what is open beside streams
-    at all times, so that as many streams as :func:`streams_that_fit` find a descriptor in spite of it."""
+    """The descriptors that clients' connections may have: below this number. Of those kept back a quarter is for what is open beside
+    streams at all times, so that as many streams as :func:`streams_that_fit` find a descriptor in spite of it."""
     return descriptors - reserved(descriptors) * 3 // 4
 
 
