@@ -132,7 +132,7 @@ async def run(given: argparse.Namespace) -> None:
     gateway = Gateway(manager, GatewaySettings(access_log=True, access_log_path="/dev/null"))
     await gateway.start("127.0.0.1", 0)
     # dispatching without the fleet's probes: nobody listens on those addresses
-    manager._lifecycle.running = manager._dispatcher.running = True
+    manager.lifecycle.running = manager._dispatcher.running = True
     rig = Rig(manager, gateway)
     request = request_of(given.prompt_bytes, stream=given.stream > 0)
     answers = [ANSWER]

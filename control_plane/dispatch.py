@@ -20,7 +20,8 @@ from control_plane.fleet import Fleet
 from control_plane.job import Job, LaneKey
 from control_plane.live_state import LiveState, RequestFields
 from control_plane.pd_routing import PDRoutingStrategy
-from control_plane.policies import Decided, SchedulingPolicy, decide, given
+from control_plane.pd_selection import PREFILLING
+from control_plane.policies import Decided, SchedulingPolicy, as_decided, decide
 from control_plane.queue import RequestQueue, set_key
 from control_plane.router import RequestRouter
 from control_plane.types import (
@@ -35,7 +36,6 @@ from control_plane.types import (
 
 _SCHEDULED: Final = RequestStatus.SCHEDULED
 _GENERAL: Final = ExecutionInstanceType.GENERAL
-_PREFILLING: Final = ExecutionInstanceType.PREFILLING
 Launch = Callable[[Job, Leg], None]
 Fail = Callable[[Job, ControlPlaneError], None]
 
@@ -297,7 +297,7 @@ class Dispatcher:
     def _count_phase(self, phase: ExecutionInstanceType, instance: ExecutionInstance | None) -> None:
         metrics = self.pd_metrics
         specialised = instance is not None and instance.instance_type == phase
-        if phase is _PREFILLING:
+        if phase is PREFILLING:
             metrics.total_prefilling_requests += 1
             metrics.prefilling_on_specialised += specialised
         else:
@@ -356,7 +356,7 @@ class Dispatcher:
                 self._fail(job, late or self._blamed(error))
             return
         if job.state is _SCHEDULED:
-            self._start(job, given(decision), phase)
+            self._start(job, as_decided(decision), phase)
 
     async def _ask_user(self, job: Job, candidates: list[ExecutionInstance]) -> tuple[SchedulingDecision, ExecutionInstanceType | None]:
         phase: ExecutionInstanceType | None = None

@@ -141,6 +141,12 @@ class RequestFields:
     prompt_head: Any
     prompt_size_bytes: Any
 
+    @property
+    def tenant(self) -> str:
+        """Who is charged for fairness: the tenant, else the user, else ``anonymous``."""
+        named: str = self.tenant_id or self.user_id or "anonymous"
+        return named
+
     def begin(self, priority: Any) -> None:
         """Every field as it is when not given, in a tenth of the constructor's time: for who makes one for each request."""
         self.request_id = ""

@@ -150,7 +150,8 @@ class ControlPlaneManager:
         self.pd_router = PDRoutingStrategy(self.pd_config, self.predictor) if self.enable_pd_separation else None
         self.metrics = MetricsRecorder(self.clock, window_s=metrics_window_s, enabled_quantiles=enable_monitoring)
         self._records = RequestRecords(history_max_requests, history_max_age_s, self.clock)
-        self._lifecycle = RequestLifecycle(
+        #: accepts requests whose body is ready: ``lifecycle.accept(request, wire, sink, kind=..., model=...)``
+        self.lifecycle = RequestLifecycle(
             clock=self.clock,
             queue=self.queue,
             fleet=self.executor.fleet,
@@ -171,20 +172,20 @@ class ControlPlaneManager:
             create_policy(scheduling_policy),
             self.router,
             self.pd_router,
-            launch=self._lifecycle.launch,
-            fail=self._lifecycle.end_failed,
+            launch=self.lifecycle.launch,
+            fail=self.lifecycle.end_failed,
             window=dispatch_window,
             queue_timeout_s=queue_timeout_s,
         )
-        self._lifecycle.bind(self._dispatcher)
+        self.lifecycle.bind(self._dispatcher)
         self.fleet.on_change = self._instance_changed
-        self.fleet.on_hung = self._lifecycle.instance_hung
+        self.fleet.on_hung = self.lifecycle.instance_hung
         self.fleet.on_forget = self._instance_forgotten
         self._bind_policy(self.scheduling_policy)
         self._limits = QueueTimeLimits(
             self.queue,
             self.fleet,
-            self._lifecycle.end_failed,
+            self.lifecycle.end_failed,
             queue_timeout_s=queue_timeout_s,
             no_instance_timeout_s=no_instance_timeout_s,
         )
@@ -205,24 +206,19 @@ class ControlPlaneManager:
             manager.register_instance(instance)
         return manager
 
-    # ---- the gateway's way in
-
-    @property
-    def lifecycle(self) -> RequestLifecycle:
-        """What accepts requests whose body is ready: ``lifecycle.accept(request, wire, sink, kind=..., model=...)``."""
-        return self._lifecycle
+    # ---- the gateway's way in, beside ``lifecycle.accept``
 
     def cancel(self, job: Job, error: ControlPlaneError | None = None) -> None:
         """Drop a request wherever it is. Its sink hears ``error`` if one is given, else nothing more. May repeat."""
-        self._lifecycle.cancel(job, error)
+        self.lifecycle.cancel(job, error)
 
     def fail(self, job: Job, error: ControlPlaneError) -> None:
         """End a request that its caller did not give up; its sink hears ``error``. May repeat."""
-        self._lifecycle.end_failed(job, error)
+        self.lifecycle.end_failed(job, error)
 
     def resolve_model(self, model: str | None) -> str:
         """The model meant by ``model`` (None: the default, else the only one). Raises ModelNotFound or InvalidRequest."""
-        return self._lifecycle.resolve_model(model)
+        return self.lifecycle.resolve_model(model)
 
     # ---- instances
 
@@ -281,7 +277,7 @@ class ControlPlaneManager:
             if isinstance(request, RequestMetadata):
                 self.metrics.on_refused(error, request)
             raise
-        return self._lifecycle.accept(request, WireRequest("", b"", stream), sink, kind=kind, model=request.model_name)
+        return self.lifecycle.accept(request, WireRequest("", b"", stream), sink, kind=kind, model=request.model_name)
 
     @overload
     def stream(self, request: RequestMetadata, events: Literal[False] = False) -> AsyncIterator[str]: ...
@@ -316,7 +312,7 @@ class ControlPlaneManager:
     async def result(self, request_id: str) -> RequestStatusInfo:
         """Wait for a request's end. Raises RequestNotFound."""
         job = self._records.get(request_id)
-        await self._lifecycle.wait(job)
+        await self.lifecycle.wait(job)
         return status_info(job)
 
     async def cancel_request(self, request_id: str) -> bool:
@@ -355,7 +351,7 @@ class ControlPlaneManager:
 
     async def start(self) -> None:
         """Begin probing and dispatching; requests submitted before are judged now. May repeat."""
-        lifecycle = self._lifecycle
+        lifecycle = self.lifecycle
         if lifecycle.running:
             return
         lifecycle.running = self._dispatcher.running = True
@@ -367,7 +363,7 @@ class ControlPlaneManager:
 
     async def stop(self, drain_timeout_s: float | None = None) -> None:
         """Refuse the new, finish what was accepted within the limit, fail the rest (code ``draining``), close everything. May repeat."""
-        lifecycle = self._lifecycle
+        lifecycle = self.lifecycle
         if lifecycle.closed:
             return
         lifecycle.closed = True
@@ -394,14 +390,14 @@ class ControlPlaneManager:
     @property
     def is_running(self) -> bool:
         """Started and not stopping."""
-        return self._lifecycle.running and not self._lifecycle.closed
+        return self.lifecycle.running and not self.lifecycle.closed
 
     def _tick(self) -> None:
         """Time limits, the adaptive policy, and what owners set on their instances: all that no event announces."""
         try:
             now_s = self.clock.now_s()
             self._limits.check(now_s)
-            self._lifecycle.give_up_hung(now_s)
+            self.lifecycle.give_up_hung(now_s)
             self._records.forget_old()
             if self.scheduling_policy.relegates:
                 self.queue.relegate_due(now_s)
@@ -412,7 +408,7 @@ class ControlPlaneManager:
             self._tick_handle = asyncio.get_running_loop().call_later(TICK_S, self._tick)
 
     def _instance_changed(self, instance: ExecutionInstance | None = None) -> None:
-        self._lifecycle.models_told()
+        self.lifecycle.models_told()
         self._dispatcher.room(instance)
 
     def _instance_forgotten(self, instance: ExecutionInstance) -> None:
@@ -444,7 +440,7 @@ class ControlPlaneManager:
             self._tell_policy(policy, instance)
         self.queue.rekey(policy, self.fleet)
         self._dispatcher.policy = policy
-        self._lifecycle.policy_changed()
+        self.lifecycle.policy_changed()
         self.events.event("policy_changed", f"scheduling policy is now {policy.name}", policy=policy.name)
         self._dispatcher.room()
 
@@ -498,7 +494,7 @@ class ControlPlaneManager:
     @property
     def queued_requests(self) -> int:
         """Requests that are accepted and on no engine: in the queue, or being placed by a policy or router of the user's own."""
-        return self._lifecycle.waiting
+        return self.lifecycle.waiting
 
     def get_metrics(self) -> PerformanceMetrics:
         """Counts since start; rates and quantiles over ``metrics_window_s``."""
@@ -519,8 +515,8 @@ class ControlPlaneManager:
     def get_status(self) -> dict[str, Any]:
         """A summary for people and the admin API."""
         return {
-            "running": self._lifecycle.running,
-            "draining": self._lifecycle.closed,
+            "running": self.lifecycle.running,
+            "draining": self.lifecycle.closed,
             "scheduling_policy": self.scheduling_policy.name,
             "routing_strategy": self.router.name,
             "pd_separation": self.pd_router is not None,

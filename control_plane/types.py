@@ -264,11 +264,6 @@ class RequestMetadata(RequestFields):
         return _made_again, (type(self), _state_of(self))
 
     @property
-    def tenant(self) -> str:
-        """Who is charged for fairness: the tenant, else the user, else ``anonymous``."""
-        return self.tenant_id or self.user_id or "anonymous"
-
-    @property
     def latency_ms(self) -> float | None:
         """Acceptance to end, None before the end."""
         return _between_ms(self.arrival_time, self.end_time)

@@ -205,7 +205,7 @@ class EngineAnswer:
     def on_frame(self, frame: bytes, data: bytes) -> None:
         """One chunk of the answer. Of a stream that has begun, whole events that say nothing special go on as they came."""
         forward = self._forward
-        if forward is None:
+        if forward is None or self._splitter_tail():
             self.on_body(data)
             return
         before, after = self._before, self._after
@@ -216,11 +216,10 @@ class EngineAnswer:
             and data[: len(before)] == before
             and data[middle_end:] == after
             and b'"' not in data[len(before) : middle_end]
-            and not self._splitter_tail()
         ):
             # as the one before it but for a piece of text: nothing has to be searched
             self._tokens += 1
-        elif data[-2:] != b"\n\n" or events.is_special(data) or self._splitter_tail():
+        elif data[-2:] != b"\n\n" or events.is_special(data):
             self.on_body(data)
             return
         else:
@@ -236,7 +235,7 @@ class EngineAnswer:
         forward(frame, data)
 
     def _splitter_tail(self) -> bool:
-        """The piece of an event came before and waits for its rest."""
+        """A piece of an event came before and waits for its rest."""
         return self._splitter is not None and bool(self._splitter.tail)
 
     def _tell_tokens(self) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Final
 
 from control_plane.live_state import LiveState
-from control_plane.types import ExecutionInstance, ExecutionInstanceType
+from control_plane.pd_selection import DECODING, PREFILLING
+from control_plane.types import ExecutionInstance
 
-_PREFILLING: Final = ExecutionInstanceType.PREFILLING
-_DECODING: Final = ExecutionInstanceType.DECODING
 #: requests that count as a full load where no cap is known: vLLM's usual ``--max-num-seqs``
 SOFT_CAPACITY: Final = 256
 
@@ -17,9 +16,9 @@ def count_in(instance: LiveState, predicted_ms: float, phase: str | None) -> Non
     active = instance.active_requests = instance.active_requests + 1
     instance.outstanding_ms += predicted_ms
     if phase is not None:
-        if phase is _PREFILLING or phase == _PREFILLING:
+        if phase == PREFILLING:
             instance.prefilling_active_requests += 1
-        elif phase is _DECODING or phase == _DECODING:
+        elif phase == DECODING:
             instance.decoding_active_requests += 1
     limit = instance.max_concurrent_requests or instance.learned_concurrency or SOFT_CAPACITY
     instance.current_load = active / limit if active < limit else 1.0
@@ -34,9 +33,9 @@ def count_out(instance: LiveState, predicted_ms: float, phase: str | None) -> No
     left_ms = instance.outstanding_ms - predicted_ms
     instance.outstanding_ms = left_ms if active and left_ms > 0.0 else 0.0
     if phase is not None:
-        if phase is _PREFILLING or phase == _PREFILLING:
+        if phase == PREFILLING:
             instance.prefilling_active_requests = max(0, instance.prefilling_active_requests - 1)
-        elif phase is _DECODING or phase == _DECODING:
+        elif phase == DECODING:
             instance.decoding_active_requests = max(0, instance.decoding_active_requests - 1)
     limit = instance.max_concurrent_requests or instance.learned_concurrency or SOFT_CAPACITY
     instance.current_load = active / limit if active < limit else 1.0
@@ -44,8 +43,8 @@ def count_out(instance: LiveState, predicted_ms: float, phase: str | None) -> No
 
 def role_has_room(instance: ExecutionInstance, phase: str) -> bool:
     """The caps of its role: ``target_batch_size`` of prefilling, ``max_parallel_requests`` of decoding."""
-    if phase == ExecutionInstanceType.PREFILLING and (prefilling := instance.prefilling_config) is not None:
+    if phase == PREFILLING and (prefilling := instance.prefilling_config) is not None:
         return instance.prefilling_active_requests < prefilling.target_batch_size
-    if phase == ExecutionInstanceType.DECODING and (decoding := instance.decoding_config) is not None:
+    if phase == DECODING and (decoding := instance.decoding_config) is not None:
         return instance.decoding_active_requests < decoding.max_parallel_requests
     return True

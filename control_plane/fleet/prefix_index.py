@@ -67,9 +67,9 @@ class PrefixIndex:
 def chain(request: RequestMetadata) -> list[int]:
     """Hashes of the prompt's first whole pieces, each over everything up to its end."""
     fields: RequestFields = request
-    head: bytes = fields.prompt_head
-    if len(head) >= PIECE_BYTES or not head:
-        head = request.head(PIECE_BYTES * MAX_PIECES)
+    if 0 < len(fields.prompt_head) < PIECE_BYTES:
+        return []
+    head = request.head(PIECE_BYTES * MAX_PIECES)
     if len(head) < PIECE_BYTES:
         return []
     hasher = xxhash.xxh3_64((request.model_name or "").encode())

@@ -7,6 +7,8 @@ from typing import Final
 
 import msgspec
 
+from control_plane.gateway.tenths import to_tenths
+
 #: parts kept of each kind
 MAX_KEPT: Final = 4096
 
@@ -66,13 +68,13 @@ class LineWriter:
         what = self._what.get((line.method, line.path)) or self._new_what(line.method, line.path)
         who = self._who.get((line.tenant, line.model, line.instance)) or self._new_who(line.tenant, line.model, line.instance)
         code = f',"code":"{line.code}"' if line.code else ""
-        times = f',"queue_ms":{_ms(line.queue_ms)}' if line.instance else ""
+        times = f',"queue_ms":{to_tenths(line.queue_ms)}' if line.instance else ""
         if line.ttft_ms >= 0.0:
-            times = f'{times},"ttft_ms":{_ms(line.ttft_ms)}'
+            times = f'{times},"ttft_ms":{to_tenths(line.ttft_ms)}'
         read = f',"input_tokens":{line.input_tokens}' if line.input_tokens >= 0 else ""
         made = f',"output_tokens":{line.output_tokens}' if line.output_tokens >= 0 else ""
         tries = f',"attempts":{line.attempts}' if line.attempts != 1 else ""
-        total = _ms(line.total_ms)
+        total = to_tenths(line.total_ms)
         return f'{{"time":"{time}","request_id":{name}{what}{line.status},"total_ms":{total}{code}{who}{times}{read}{made}{tries}}}'
 
     def _new_what(self, method: str, path: str) -> str:
@@ -93,9 +95,3 @@ class LineWriter:
 
 def _json(text: str) -> str:
     return msgspec.json.encode(text).decode()
-
-
-def _ms(ms: float) -> str:
-    """To one place; formatting a float costs several times as much."""
-    tenths = int(ms * 10.0)
-    return f"{tenths // 10}.{tenths % 10}"

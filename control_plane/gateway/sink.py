@@ -14,6 +14,7 @@ from control_plane.errors import ControlPlaneError, InstanceFailed, NoInstanceAv
 from control_plane.gateway.endpoints import Endpoint
 from control_plane.gateway.replies import EVENT_STREAM, Header, error_answer, error_event, header_text, id_headers
 from control_plane.gateway.responses import ResponseHomes, response_id_in
+from control_plane.gateway.tenths import to_tenths
 from control_plane.job import Job
 from control_plane.manager import describe_decision
 from control_plane.protocols import Call, EngineOutcome, Headers
@@ -172,14 +173,11 @@ class ClientSink:
         job = self.job
         if job is None or job.instance is None or self.explain or self.extra_headers or self.endpoint.anthropic:
             return head_bytes(b"", self._own_headers())
-        queue_ms = (job.scheduled_s - job.arrival_s) * 1000.0
         # the id is visible ASCII, as the relay has seen to
-        tenths = int(queue_ms * 10.0)
-        return b"x-request-id: %b\r\nx-instance-id: %b\r\nx-queue-ms: %d.%d\r\n" % (
+        return b"x-request-id: %b\r\nx-instance-id: %b\r\nx-queue-ms: %b\r\n" % (
             self.request_id.encode(),
             header_text(job.instance.instance_id),
-            tenths // 10,
-            tenths % 10,
+            _queue_ms(job),
         )
 
     def _own_headers(self) -> list[Header]:
@@ -187,7 +185,7 @@ class ClientSink:
         job = self.job
         if job is not None and (instance := job.instance) is not None:
             headers.append((b"x-instance-id", header_text(instance.instance_id)))
-            headers.append((b"x-queue-ms", b"%.1f" % ((job.scheduled_s - job.arrival_s) * 1000.0)))
+            headers.append((b"x-queue-ms", _queue_ms(job)))
             if self.explain and job.decision is not None:
                 headers.append((b"x-decision", json.dumps(describe_decision(job.decision), separators=(",", ":")).encode()))
         if self.extra_headers:
@@ -234,6 +232,10 @@ class ResponsesSink(ClientSink):
                 self._homes.remember(response_id, job.instance.instance_id)
                 self._pieces_left = 0
         self._write(data)
+
+
+def _queue_ms(job: Job) -> bytes:
+    return to_tenths((job.scheduled_s - job.arrival_s) * 1000.0).encode()
 
 
 def _unreachable(error: ControlPlaneError) -> bool:

@@ -111,8 +111,7 @@ class MetricsRecorder:
         cell.completed += 1
         self._count_tokens(job, cell)
         self._keep_times(job, cell)
-        fields: RequestFields = job.request
-        if fields.slo_deadline_ms is not None or fields.ttft_slo_ms is not None or fields.tpot_slo_ms is not None:
+        if has_target(job.request):
             self._judge(cell, met_all_targets(job))
 
     def on_failed(self, job: Job, error: ControlPlaneError) -> None:
@@ -272,7 +271,7 @@ class MetricsRecorder:
                 values.clear()
 
 
-def has_target(request: RequestMetadata) -> bool:
+def has_target(request: RequestFields) -> bool:
     return request.slo_deadline_ms is not None or request.ttft_slo_ms is not None or request.tpot_slo_ms is not None
 
 

@@ -6,7 +6,7 @@ from control_plane.loading import load_object, unknown_name
 from control_plane.policies.adaptive import AdaptivePolicy
 from control_plane.policies.base import SchedulingPolicy
 from control_plane.policies.cost_optimized import CostOptimizedPolicy
-from control_plane.policies.decision import Decided, decide, given, make_decision
+from control_plane.policies.decision import Decided, as_decided, decide
 from control_plane.policies.fifo import FIFOPolicy
 from control_plane.policies.foreign import ForeignPolicy
 from control_plane.policies.hooks import call_hook
@@ -26,11 +26,10 @@ __all__ = [
     "PriorityPolicy",
     "SLOAwarePolicy",
     "SchedulingPolicy",
+    "as_decided",
     "call_hook",
     "create_policy",
     "decide",
-    "given",
-    "make_decision",
 ]
 
 

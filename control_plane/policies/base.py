@@ -13,7 +13,7 @@ from typing import Any
 
 from control_plane.admission import affordable, eligible, kind_of, preferred
 from control_plane.job import Job
-from control_plane.policies.decision import make_decision
+from control_plane.policies.decision import decide
 from control_plane.policies.service import ServiceGuide
 from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import FleetView, Predictor
@@ -103,7 +103,7 @@ class SchedulingPolicy:
         candidates = preferred(request, list(affordable(request, candidates, view)), view)
         candidates = self.narrow(request, candidates, view) or candidates
         placement = self._router.place(request, candidates, view)
-        return make_decision(request, placement, view, key=key, policy=self.name, router=LoadBalanced.name)
+        return decide(request, placement, view, key=key, policy=self.name, router=LoadBalanced.name).written_out(request.request_id)
 
     def get_next_request(
         self, pending_queue: Iterable[RequestMetadata], available_instances: Sequence[ExecutionInstance]

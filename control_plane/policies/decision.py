@@ -99,7 +99,7 @@ def decide(
     if service_ms is None:
         service_ms = predictor.service_ms(request, instance)
     instance_id: str = live.instance_id
-    wait_ms = predictor.wait_ms(instance) if live.outstanding_ms else 0.0
+    wait_ms = predictor.wait_ms(instance)
     cost_usd = predictor.cost_usd(request, instance) if live.price_per_gpu_hour_usd else 0.0
     decided = Decided(instance_id, leg_of(instance_id, role), wait_ms + service_ms, service_ms, cost_usd, key)
     decided.policy = policy
@@ -108,7 +108,7 @@ def decide(
     return decided
 
 
-def given(decision: SchedulingDecision) -> Decided:
+def as_decided(decision: SchedulingDecision) -> Decided:
     """A decision that a policy or router of the user's own made."""
     decided = Decided(
         decision.instance_id,
@@ -120,20 +120,6 @@ def given(decision: SchedulingDecision) -> Decided:
     )
     decided._decision = decision
     return decided
-
-
-def make_decision(
-    request: RequestMetadata,
-    placement: Placement,
-    view: FleetView,
-    *,
-    key: float = 0.0,
-    policy: str = "",
-    router: str = "",
-    role: ExecutionInstanceType = _GENERAL,
-) -> SchedulingDecision:
-    """:func:`decide`, written out."""
-    return decide(request, placement, view, key=key, policy=policy, router=router, role=role).written_out(request.request_id)
 
 
 @lru_cache(maxsize=4096)

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from scripted_world import Make
 
-from control_plane import ExecutionInstance, RequestMetadata, RequestPriority
-from control_plane.live_state import RequestFields
+from control_plane import ExecutionInstance, RequestMetadata, RequestPriority, compiled
+from control_plane.live_state import LIVE_FIELDS, REQUEST_FIELDS, LiveState, RequestFields
 
 
 @dataclass
@@ -58,6 +58,16 @@ async def test_a_subclass_serves(make: Make) -> None:
     await world.manager.start()
     await world.manager.submit_request(Ticket(request_id="t", model_name="m", prompt="x"))
     assert world.open_on("a")
+
+
+def test_the_bases_have_what_they_list() -> None:
+    assert set(REQUEST_FIELDS) == {one.name for one in dataclasses.fields(RequestMetadata)}
+    assert set(LIVE_FIELDS) <= {one.name for one in dataclasses.fields(ExecutionInstance)}
+    if not compiled.in_use():
+        assert tuple(LiveState.__annotations__) == LIVE_FIELDS
+        assert set(RequestFields.__annotations__) == set(REQUEST_FIELDS)
+    for name in LIVE_FIELDS:  # a default of the class would hide it
+        assert name not in vars(ExecutionInstance)
 
 
 def test_what_is_begun_is_what_the_constructor_makes() -> None:

@@ -210,32 +210,49 @@ class _Heard:
 _clock = SystemClock()
 
 
+class _EngineSide:
+    """A client with one connection to an engine, of which the bytes come from here."""
+
+    def __init__(self) -> None:
+        self.client = HttpClient("http://127.0.0.1:1", limits=ClientLimits(max_header_bytes=2048))
+        self.client._bind()
+        self._transport = FakeTransport()
+        self._connection = ClientConnection(self.client)
+        self._connection.connection_made(self._transport)  # type: ignore[arg-type]
+        self.client.pool(self._connection)
+
+    def send(self, reads: list[bytes]) -> None:
+        for piece in reads:
+            if not self._transport.closed:
+                self._connection.data_received(piece)
+
+    def hang_up(self) -> None:
+        if not self._transport.closed:
+            self._connection.eof_received()
+        self._connection.connection_lost(None)
+
+    def close(self) -> None:
+        for task in list(self.client._opening):
+            task.cancel()
+        if self.client._sweeper is not None:
+            self.client._sweeper.close()
+        self.client.wheel.close()
+
+
 def _answer(reads: list[bytes], *, stream: bool) -> tuple[_Heard, bool]:
     """What is heard of an engine that sends these reads and hangs up; whether its connection would have been used again."""
-    client = HttpClient("http://127.0.0.1:1", limits=ClientLimits(max_header_bytes=2048))
-    client._bind()
-    transport, heard = FakeTransport(), _Heard()
-    connection = ClientConnection(client)
-    connection.connection_made(transport)  # type: ignore[arg-type]
-    client.pool(connection)
+    engine, heard = _EngineSide(), _Heard()
+    client = engine.client
     answer = EngineAnswer("e", WireRequest("/v1/chat/completions", b"{}", stream, hide_usage=stream), heard, _clock)
     answer.attach(client.send("POST", "/x", (), b"{}", answer))
-    for piece in reads:
-        if not transport.closed:
-            connection.data_received(piece)
+    engine.send(reads)
     kept = client.idle > 0
     if kept:
         assert heard.ends == 1
-    if not transport.closed:
-        connection.eof_received()
-    connection.connection_lost(None)
+    engine.hang_up()
     assert heard.ends <= 1
     assert client.active == (0 if heard.ends else len(client._opening))
-    for task in list(client._opening):
-        task.cancel()
-    if client._sweeper is not None:
-        client._sweeper.close()
-    client.wheel.close()
+    engine.close()
     return heard, kept
 
 
@@ -274,24 +291,11 @@ class _Kept:
 
 def heard_of(reads: list[bytes]) -> tuple[int, bytes] | None:
     """Status and body of the answer that the client makes of these reads and a hang-up; None where it is none."""
-    client = HttpClient("http://127.0.0.1:1", limits=ClientLimits(max_header_bytes=2048))
-    client._bind()
-    transport, kept = FakeTransport(), _Kept()
-    connection = ClientConnection(client)
-    connection.connection_made(transport)  # type: ignore[arg-type]
-    client.pool(connection)
-    client.send("POST", "/x", (), b"", kept)
-    for piece in reads:
-        if not transport.closed:
-            connection.data_received(piece)
-    if not transport.closed:
-        connection.eof_received()
-    connection.connection_lost(None)
-    for task in list(client._opening):
-        task.cancel()
-    if client._sweeper is not None:
-        client._sweeper.close()
-    client.wheel.close()
+    engine, kept = _EngineSide(), _Kept()
+    engine.client.send("POST", "/x", (), b"", kept)
+    engine.send(reads)
+    engine.hang_up()
+    engine.close()
     return (kept.status, kept.body) if kept.whole else None
 
 
