@@ -193,7 +193,10 @@ def litellm(engines: list[int], descriptors: int | None = None) -> Router:
         for engine in engines
     )
     config = BUILD / "litellm.yaml"
-    config.write_text(f"model_list:\n{entries}router_settings: {{routing_strategy: least-busy}}\n")
+    settings = "router_settings: {routing_strategy: least-busy}\n"
+    # it listens here only, for as long as it is measured: newer versions want a key otherwise
+    settings += "general_settings: {dangerously_permit_weak_or_unset_master_key: true}\n"
+    config.write_text(f"model_list:\n{entries}{settings}")
     program = os.environ.get("LITELLM", shutil.which("litellm") or "litellm")
     return launch("litellm", port, [program, "--host", "127.0.0.1", "--port", str(port), "--config", str(config)])
 
