@@ -18,6 +18,7 @@ from urllib.parse import unquote
 import pytest
 import typer
 import yaml
+from python_source import tree_of
 from threaded_engines import threaded_engines
 
 import control_plane
@@ -252,7 +253,7 @@ def test_every_event_is_told() -> None:
     """Names stand in the code as the first text of ``event(...)``, or the second argument of ``say(...)``."""
     names = set(WARNINGS)
     for path in Path(control_plane.__file__).parent.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 place = {"event": 0, "say": 1, "say_once": 1}.get(node.func.attr)
                 if place is not None and len(node.args) > place:
@@ -353,7 +354,7 @@ def test_the_code_of_the_integration_guide_runs(page: str, code: str, ports: lis
 def test_both_integration_guides_have_the_same_code_and_sections() -> None:
     def bare(code: str) -> str:
         """Without comments, texts and layout: what remains may not differ between the languages."""
-        tree = ast.parse(code)
+        tree = tree_of(code)
         for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 node.value = ""

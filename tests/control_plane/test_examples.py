@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from python_source import tree_of
 
 import control_plane.examples
 
@@ -57,7 +58,7 @@ def test_example(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 
 @pytest.mark.parametrize("path", [FOLDER / f"{name}.py" for name in EXAMPLES] + [FOLDER.parent / "example.py"], ids=lambda path: path.stem)
 def test_the_docstring_says_how_to_run_it(path: Path) -> None:
-    told = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    told = ast.get_docstring(tree_of(path.read_text(encoding="utf-8"))) or ""
     module = "control_plane.example" if path.stem == "example" else f"control_plane.examples.{path.stem}"
     assert f"Run:  python -m {module}" in told
 
