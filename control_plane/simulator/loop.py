@@ -89,7 +89,8 @@ class VirtualLoop:
             result: T = task.result()
             return result
         finally:
-            self._running = False
+            self._running = False  # what fails from here on is not told
+            self._cancel_rest()
             asyncio._set_running_loop(previous)
 
     def _run_until(self, main: asyncio.Task[Any]) -> None:
@@ -120,13 +121,20 @@ class VirtualLoop:
                 error, self._error = self._error, None
                 raise error
 
+    def _cancel_rest(self) -> None:
+        """Tasks that are still waiting end now, as they do when ``asyncio.run`` returns."""
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        while self._ready:
+            handle = self._ready.popleft()
+            if not handle._cancelled:
+                handle._run()
+
     def who_waits(self) -> str:
         """One line for each task that is not done: its name, where it stands, and what it waits for."""
         lines = []
         for task in sorted(asyncio.all_tasks(self._loop), key=lambda task: task.get_name()):
-            frames = task.get_stack(limit=1)
-            frame = frames[-1] if frames else None
-            place = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}" if frame else "its beginning"
+            place = _place_of(task.get_coro())
             awaited = getattr(task, "_fut_waiter", None)
             told = f"task {awaited.get_name()!r}" if isinstance(awaited, asyncio.Task) else _kind_of(awaited)
             lines.append(f"  {task.get_name()}: at {place}, for {told}")
@@ -208,6 +216,14 @@ class VirtualLoop:
         error = context.get("exception")
         if self._running and self._error is None:
             self._error = error if isinstance(error, BaseException) else RuntimeError(context.get("message", "a callback failed"))
+
+
+def _place_of(coroutine: Any) -> str:
+    """Where a suspended coroutine stands, in the innermost one that it awaits."""
+    frame = None
+    while coroutine is not None and (deeper := getattr(coroutine, "cr_frame", None)) is not None:
+        frame, coroutine = deeper, coroutine.cr_await
+    return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_qualname}" if frame else "its beginning"
 
 
 def _kind_of(awaited: object) -> str:

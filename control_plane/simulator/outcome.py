@@ -13,7 +13,8 @@ UNSENT, LIVE, COMPLETED, FAILED, REJECTED = range(5)
 
 
 class Outcomes:
-    """One row a request, in the workload's order. Times in virtual seconds, 0.0: not reached."""
+    """One row a request, in the workload's order. Times in seconds of the virtual loop (the workload begins at ``run.BEGIN_S``), 0.0: not
+    reached."""
 
     __slots__ = ("arrival_s", "cached_tokens", "end_s", "first_s", "instance", "output_tokens", "prompt_tokens", "state")
 
@@ -45,7 +46,7 @@ class Outcomes:
 
 @dataclass(slots=True)
 class Sample:
-    """The fleet at one moment: what waits in the control plane, and what each engine runs and has waiting."""
+    """The fleet so many seconds after the workload's beginning: what waits in the control plane, what each engine runs and has waiting."""
 
     at_s: float
     queued: int

@@ -23,7 +23,8 @@ class Row(TypedDict):
     """One run of one arm, as ``compare --json`` writes it. Times in milliseconds of virtual time, rates per virtual second of the
     judged window; shares 0 to 1.
 
-    ``rate`` is as asked for, ``rate_rps`` what was offered. ``requests`` arrived in the window; ``rejected`` were refused (429, 503),
+    ``rate`` is as asked for (a share of the capacity, or a text such as ``20rps``), ``rate_rps`` what was offered. ``requests``
+    arrived in the window; ``rejected`` were refused (429, 503),
     ``failed`` broke otherwise. ``goodput_rps``: those that met all targets of their class; ``slo_attainment``: their share of all.
     ``fairness_jain``: Jain's index (1984) over tenants of the share of each one's requests that met their targets; 1.0 with one tenant.
     ``cost_usd``: list price of the whole fleet for the window. ``wall_s``: what the run took.
@@ -33,7 +34,7 @@ class Row(TypedDict):
     fleet: str
     scheduling_policy: str
     routing_strategy: str
-    rate: str
+    rate: float | str
     rate_rps: float
     seed: int
     requests: int
@@ -64,7 +65,7 @@ class Curves(TypedDict):
     placement: dict[str, Any]
 
 
-def row_of(result: RunResult, rate: str) -> Row:
+def row_of(result: RunResult, rate: float | str) -> Row:
     """The figures of a run at the rate that was asked for as ``rate``."""
     out = result.outcomes
     begin_s, end_s = result.window_s

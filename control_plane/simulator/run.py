@@ -30,6 +30,8 @@ _KIND: Final = RequestKind.COMPLETION
 #: bytes of a prompt's text for each of its tokens, and what is looked at of its beginning
 BYTES_PER_TOKEN: Final = 4
 HEAD_BYTES: Final = 4096
+#: the workload begins so long after the control plane: probes have been there, and no time of a request is 0.0, which means "not reached"
+BEGIN_S: Final = 1.0
 #: requests wait, engines have room, and nothing has moved for so long: nobody will
 STALL_S: Final = 30.0
 LOOK_S: Final = 5.0
@@ -107,6 +109,7 @@ class Simulation:
         self._moved_s = 0.0
         self._over = False
         self._window_over = not scenario.duration_s
+        self._window_s = (BEGIN_S + scenario.warmup_s, BEGIN_S + scenario.end_s)
         self._done: asyncio.Future[None] = self.loop.create_future()
         self._before = self._after = _Caches()
 
@@ -165,12 +168,12 @@ class Simulation:
     async def _main(self) -> None:
         loop, scenario = self.loop, self.scenario
         await self.manager.start()
-        loop.wake_at(self.requests[0].arrival_s, self._feed)
-        loop.wake_at(scenario.warmup_s, self._window_begins)
+        loop.wake_at(BEGIN_S + self.requests[0].arrival_s, self._feed)
+        loop.wake_at(self._window_s[0], self._window_begins)
         if scenario.duration_s:
-            loop.wake_at(scenario.end_s, self._window_ends)
+            loop.wake_at(self._window_s[1], self._window_ends)
         loop.wake_at(LOOK_S, self._look)
-        loop.wake_at(0.0, self._sample)
+        loop.wake_at(BEGIN_S, self._sample)
         await self._done
         if not scenario.duration_s:
             self._after = self._caches()
@@ -182,8 +185,9 @@ class Simulation:
         now_s, requests = self.loop.time(), self.requests
         while self._at < len(requests):
             row = self._at
-            if requests[row].arrival_s > now_s:
-                self.loop.wake_at(requests[row].arrival_s, self._feed)
+            due_s = BEGIN_S + requests[row].arrival_s
+            if due_s > now_s:
+                self.loop.wake_at(due_s, self._feed)
                 return
             self._at += 1
             if row not in self._turns:
@@ -198,7 +202,7 @@ class Simulation:
         if not self._live:
             self._moved_s = now_s
         self._live += 1
-        if self.scenario.warmup_s <= now_s < self.scenario.end_s:
+        if self._window_s[0] <= now_s < self._window_s[1]:
             self._awaited += 1
         self.ledger.note(now_s, f"arrive {row}")
         request = RequestMetadata(
@@ -247,13 +251,13 @@ class Simulation:
         now_s = self._moved_s = self.outcomes.end_s[row] = self.loop.time()
         self.ledger.note(now_s, told)
         self._live -= 1
-        if self.scenario.warmup_s <= self.outcomes.arrival_s[row] < self.scenario.end_s:
+        if self._window_s[0] <= self.outcomes.arrival_s[row] < self._window_s[1]:
             self._awaited -= 1
         turn = self._next_turn.get(row)
         if turn is not None:
             trace = self.requests[turn]
             self._turns_due += 1
-            self.loop.wake_at(max(trace.arrival_s, now_s + (trace.think_s or 0.0)), lambda: self._send_turn(turn))
+            self.loop.wake_at(max(BEGIN_S + trace.arrival_s, now_s + (trace.think_s or 0.0)), lambda: self._send_turn(turn))
         self._check_done()
 
     def _send_turn(self, row: int) -> None:
@@ -286,7 +290,7 @@ class Simulation:
         engines = self.engines
         self.samples.append(
             Sample(
-                self.loop.time(),
+                self.loop.time() - BEGIN_S,
                 self.manager.queued_requests,
                 [engine.model.running for engine in engines],
                 [engine.model.waiting for engine in engines],
@@ -311,7 +315,7 @@ class Simulation:
         room = ", ".join(open_to[:8]) + (", ..." if len(open_to) > 8 else "")
         return "\n".join(
             [
-                f"at {now_s:.3f} s {self._live} requests are live, every engine is idle, and nothing moved for {now_s - self._moved_s:.0f} s",
+                f"at {now_s:.3f} s {self._live} requests are live, every engine is idle, nothing moved for {now_s - self._moved_s:.0f} s",
                 f"policy {self.manager.scheduling_policy.name}, router {self.manager.router.name}",
                 "waiting in the queue:",
                 *(lanes or ["  none"]),
@@ -332,7 +336,7 @@ class Simulation:
             fleet=scenario.fleet.text,
             trace=scenario.workload.name,
             seed=scenario.seed,
-            window_s=(scenario.warmup_s, scenario.end_s if scenario.duration_s else max(last_s, scenario.warmup_s)),
+            window_s=(self._window_s[0], self._window_s[1] if scenario.duration_s else max(last_s, self._window_s[0])),
             outcomes=self.outcomes,
             classes=self.classes,
             tenants=[request.tenant for request in self.requests],
