@@ -20,15 +20,14 @@ from control_plane.simulator.ledger import EventLedger
 from control_plane.simulator.loop import Deadlock, VirtualClock, VirtualLoop
 from control_plane.simulator.outcome import COMPLETED, FAILED, LIVE, REJECTED, Outcomes, RunResult, Sample
 from control_plane.simulator.scenario import Arm, Scenario
-from control_plane.simulator.texts import prompt_head
+from control_plane.simulator.texts import BYTES_PER_TOKEN, prompt_head
 from control_plane.simulator.workload import TraceRequest
 from control_plane.types import ExecutionInstance, RequestKind, RequestMetadata, RequestPriority
 
 #: what every request is to an engine: a stream; its lengths come from the workload
 _WIRE: Final = WireRequest("/v1/completions", b"", True)
 _KIND: Final = RequestKind.COMPLETION
-#: bytes of a prompt's text for each of its tokens, and what is looked at of its beginning
-BYTES_PER_TOKEN: Final = 4
+#: what is looked at of a prompt's beginning
 HEAD_BYTES: Final = 4096
 #: the workload begins so long after the control plane: probes have been there, and no time of a request is 0.0, which means "not reached"
 BEGIN_S: Final = 1.0
@@ -216,8 +215,8 @@ class Simulation:
             session_id=trace.session_id or None,
             tenant_id=trace.tenant or None,
             kind=_KIND,
-            prompt_head=prompt_head(trace, HEAD_BYTES, self.scenario.workload.block_tokens) if trace.block_ids else b"%d" % row,
-            prompt_size_bytes=trace.prompt_tokens * BYTES_PER_TOKEN,
+            prompt_head=prompt_head(trace, HEAD_BYTES, self.scenario.workload.block_tokens, BYTES_PER_TOKEN, row),
+            prompt_size_bytes=round(trace.prompt_tokens * BYTES_PER_TOKEN),
         )
         try:
             self.manager.lifecycle.accept(request, _WIRE, _Watch(self, row), kind=_KIND, model=self._model)
