@@ -171,6 +171,84 @@ def demo(
 
 
 @app.command()
+def compare(
+    trace: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME_OR_FILE",
+            help="A trace (azure_code, azure_conv, mooncake_conversation), its file, or a generator such as poisson:rate_rps=20.",
+        ),
+    ],
+    fleet: Annotated[str, typer.Option(metavar="COUNTxPROFILE[:ROLE],...", help="Such as 8xh100-llama3-8b.")],
+    scheduling_policies: Annotated[str, typer.Option(metavar="NAME,...", help="Orders of the queue, or module:Class.")] = "adaptive",
+    routing_strategies: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Choices of the instance, or module:Class.")
+    ] = "load_balanced",
+    rates: Annotated[
+        str, typer.Option(metavar="RATE,...", help="Shares of the fleet's capacity, or requests a second such as 20rps.")
+    ] = "0.5,0.8,1.0,1.2",
+    seeds: Annotated[int, typer.Option(parser=_number(1, 1_000), help="How many.")] = 5,
+    duration_s: Annotated[
+        float,
+        typer.Option(
+            parser=_number(0, 1e7, whole=False), help="Virtual seconds judged, at least 300; 0: 300, or ten times the p90 end-to-end time."
+        ),
+    ] = 0.0,
+    warmup_s: Annotated[float, typer.Option(parser=_number(0, 1e6, whole=False), help="Virtual seconds before that.")] = 60.0,
+    slo: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLASS=ttft:MS,tpot:MS[,e2e:MS][,share:X][,priority:P];...", help="Targets by class.  [default: docs/SIMULATION.md]"
+        ),
+    ] = None,
+    engine_scheduling: Annotated[str, typer.Option(help="fcfs or priority, as vLLM's --scheduling-policy.")] = "fcfs",
+    prefix_caching: Annotated[bool, typer.Option("--prefix-caching/--no-prefix-caching", help="Of the engines.")] = True,
+    delay_ms: Annotated[
+        float, typer.Option(parser=_number(0, 10_000, whole=False), help="From the control plane to an engine's scheduler and back.")
+    ] = 1.0,
+    jitter: Annotated[float, typer.Option(parser=_number(0, 1, whole=False), help="Sigma of the lognormal noise on step times.")] = 0.02,
+    capacity_rps: Annotated[
+        float, typer.Option(parser=_number(0, 1e7, whole=False), help="The fleet's capacity; 0: find it by bisection, once.")
+    ] = 0.0,
+    fresh_capacity: Annotated[bool, typer.Option("--fresh-capacity", help="Find it again, although it was found before.")] = False,
+    jobs: Annotated[int | None, typer.Option(parser=_number(1, 1_024), help="Processes.  [default: one for each core]")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep results there as they come, and take up what is there.")] = None,
+    json_file: Json = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write one self-contained page.")] = None,
+) -> None:
+    """Policies and routers side by side on a trace, in simulation: the control plane as it serves, over engines that are models."""
+    from control_plane.cli.compare import run_compare
+    from control_plane.simulator.compare import Comparison
+    from control_plane.simulator.slo import DEFAULT_SLO
+
+    asked = Comparison(
+        trace=trace,
+        fleet=fleet,
+        scheduling_policies=_names(scheduling_policies, "scheduling_policies"),
+        routing_strategies=_names(routing_strategies, "routing_strategies"),
+        rates=_names(rates, "rates"),
+        seeds=seeds,
+        duration_s=duration_s,
+        warmup_s=warmup_s,
+        slo=slo or DEFAULT_SLO,
+        engine_scheduling=engine_scheduling,
+        prefix_caching=prefix_caching,
+        delay_ms=delay_ms,
+        jitter=jitter,
+        capacity_rps=capacity_rps,
+    )
+    raise typer.Exit(run_compare(asked, json_file=json_file, html_file=html, resume=resume, processes=jobs, fresh_capacity=fresh_capacity))
+
+
+def _names(text: str, option: str) -> tuple[str, ...]:
+    """Comma-separated, each once. Raises InvalidRequest for none."""
+    found = tuple(dict.fromkeys(filter(None, (name.strip() for name in text.split(",")))))
+    if not found:
+        raise InvalidRequest(f"{option} {text!r} names none", param=option)
+    return found
+
+
+@app.command()
 def check(
     config: Annotated[Path, typer.Option("--config", metavar="FILE", help="The YAML configuration to check.")],
     json_file: Json = None,
