@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,12 @@ from control_plane.fitted_step import FittedStep, Sample, StepShape, fit, non_ne
 
 __all__ = ["Fitted", "Row", "ServerTime", "fit_readings", "median"]
 
-#: a table of token counts is kept where it lowers the mean error to this share
+#: a table of token counts is kept where it lowers the median error to this share
 _TABLE_PAYS = 0.8
 _KNOTS = (1, 16, 64, 256, 1_024, 4_096, 16_384)
+#: times that samples are weighed anew; an error that is taken as it is, however small most are
+_REWEIGHTED = 8
+_LEAST_ERROR = 0.005
 #: more points are needed for a fit of as many coefficients
 LEAST_POINTS = 8
 
@@ -98,17 +102,39 @@ def median(values: Sequence[float]) -> float:
 
 def _fit_step(samples: Sequence[Sample]) -> FittedStep:
     """Linear in what a step does; with a table over its tokens where that says much more."""
-    line = fit(samples)
+    line = _robust(samples, ())
     most = max(shape.prefill_tokens + shape.decode_sequences for sample in samples for shape in sample.steps)
     knots = [knot for knot in _KNOTS if knot < most]
     if len(samples) < 3 * (LEAST_POINTS + len(knots)) or len(knots) < 3:
         return line
-    bent = fit(samples, knots=[*knots, int(most)])
-    return bent if _mean_error(bent, samples) < _TABLE_PAYS * _mean_error(line, samples) else line
+    bent = _robust(samples, [*knots, int(most)])
+    return bent if _middle_error(bent, samples) < _TABLE_PAYS * _middle_error(line, samples) else line
 
 
-def _mean_error(step: FittedStep, samples: Sequence[Sample]) -> float:
-    return sum(abs(predict(step, sample.steps) / sample.seconds - 1.0) for sample in samples) / len(samples)
+def _robust(samples: Sequence[Sample], knots: Sequence[int]) -> FittedStep:
+    """Least squares of shares of what is expected, not of what was seen, and less weight for what lies far off: a reading that a busy
+    machine spoilt is too short by any factor as easily as too long."""
+    shortest_s = sorted(sample.seconds / sum(shape.repeats for shape in sample.steps) for sample in samples)[len(samples) // 4]
+    expected = [max(sample.seconds, shortest_s * sum(shape.repeats for shape in sample.steps)) for sample in samples]
+    trust = [1.0] * len(samples)
+    found = FittedStep()
+    for _ in range(_REWEIGHTED):
+        weights = [math.sqrt(share) / seconds for share, seconds in zip(trust, expected, strict=True)]
+        found = fit([_scaled(sample, weight) for sample, weight in zip(samples, weights, strict=True)], knots=knots, relative=False)
+        expected = [max(predict(found, sample.steps), 1e-9) for sample in samples]
+        errors = [abs(sample.seconds / seconds - 1.0) for sample, seconds in zip(samples, expected, strict=True)]
+        usual = max(2.0 * median(errors), _LEAST_ERROR)
+        trust = [min(1.0, usual / max(error, 1e-12)) for error in errors]
+    return found
+
+
+def _scaled(sample: Sample, weight: float) -> Sample:
+    """The form is linear in the number of steps, so a sample counts ``weight`` times as much when all of it is so much larger."""
+    return Sample(sample.seconds * weight, [shape._replace(repeats=shape.repeats * weight) for shape in sample.steps])
+
+
+def _middle_error(step: FittedStep, samples: Sequence[Sample]) -> float:
+    return median([abs(predict(step, sample.steps) / sample.seconds - 1.0) for sample in samples])
 
 
 def predict(step: FittedStep, shapes: Sequence[StepShape]) -> float:

@@ -11,7 +11,7 @@ from control_plane.calibration.server import Served
 __all__ = ["Kind", "Plan", "Point", "make_plan"]
 
 #: steps that a decode point looks at
-WINDOW_STEPS: Final = 32
+WINDOW_STEPS: Final = 48
 #: prompt tokens that one decode point may take: filling the batch is what costs
 MOST_FILL_TOKENS: Final = 48_000
 #: share of the KV cache that may be filled: preemption is not to be measured

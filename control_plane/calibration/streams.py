@@ -43,7 +43,7 @@ class Load(Protocol):
 
     @property
     def now_s(self) -> Callable[[], float]: ...
-    def start(self, prompt: Prompt, output_tokens: int) -> Stream: ...
+    def start(self, prompt: Prompt, output_tokens: int, *, priority: int = 0) -> Stream: ...
     async def get(self, path: str) -> tuple[int, bytes]: ...
     async def post(self, path: str, body: object) -> tuple[int, bytes]: ...
 
@@ -181,11 +181,14 @@ class HttpLoad:
         self.requests = 0
         self.prompt_tokens = 0
 
-    def start(self, prompt: Prompt, output_tokens: int) -> Stream:
-        """Send one now. Raises RuntimeError above the agreed number: a mistake of the caller's."""
+    def start(self, prompt: Prompt, output_tokens: int, *, priority: int = 0) -> Stream:
+        """Send one now; ``priority`` as vLLM takes it, lower first.
+
+        Raises RuntimeError above the agreed number: a mistake of the caller's.
+        """
         if self.active >= self.most:
             raise RuntimeError(f"{self.most} requests are under way already")
-        body = {
+        body: dict[str, object] = {
             "model": self.model,
             "prompt": prompt,
             "max_tokens": output_tokens,
@@ -194,6 +197,8 @@ class HttpLoad:
             "stream": True,
             "stream_options": {"include_usage": True},
         }
+        if priority:
+            body["priority"] = priority
         encoded = msgspec.json.encode(body)
         tokens = 0 if isinstance(prompt, str) else len(prompt)
         self.active += 1
