@@ -21,10 +21,12 @@ import difflib
 import math
 import re
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 from control_plane.catalogue import GIB, GPUS, MODELS, GpuSpec, ModelSpec, guess_model
 from control_plane.errors import InvalidRequest
+from control_plane.fitted_step import FittedStep
+from control_plane.profile_file import MEASURED, ProfileFile, is_path, load
 
 __all__ = [
     "GPUS",
@@ -86,6 +88,8 @@ class EngineProfile:
         compute_efficiency, bandwidth_efficiency: share of the data sheet's peak that matrix products reach.
         step_overhead_s: seconds of a step that do not depend on its tokens, beside those of the layers.
         max_model_len_tokens: longest context served; 0: the model's own, or what the KV cache holds if that is less.
+        kv_block_count_override: KV blocks, where the engine told them (vLLM's ``num_gpu_blocks``); None: reckoned.
+        fitted: step times that were measured; they replace the roofline.
         cost: worked out from the rest.
     """
 
@@ -102,12 +106,16 @@ class EngineProfile:
     bandwidth_efficiency: float = BANDWIDTH_EFFICIENCY
     step_overhead_s: float = STEP_OVERHEAD_S
     max_model_len_tokens: int = 0
+    kv_block_count_override: int | None = None
+    fitted: FittedStep | None = None
     cost: StepCost = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "block_size_tokens", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} {getattr(self, name)} is below 1", param=name)
+        if self.kv_block_count_override is not None and self.kv_block_count_override < 1:
+            raise InvalidRequest(f"kv_block_count_override {self.kv_block_count_override} is below 1", param="kv_block_count_override")
         if self.max_model_len_tokens <= 0:
             held = self.kv_block_count * self.block_size_tokens
             longest = min(self.model.max_model_len_tokens, held) or self.model.max_model_len_tokens
@@ -135,8 +143,10 @@ class EngineProfile:
     def kv_block_count(self) -> int:
         """Blocks of the KV cache: what ``gpu_memory_utilization`` leaves after weights, the peak of activations and the runtime.
 
-        This is vLLM's own reckoning (``determine_available_memory``). 0: the model does not fit.
+        This is vLLM's own reckoning (``determine_available_memory``). 0: the model does not fit. An engine's own count goes before it.
         """
+        if self.kv_block_count_override is not None:
+            return self.kv_block_count_override
         taken = self.weights_bytes_per_gpu + self.activation_bytes_per_gpu + RUNTIME_BYTES
         free = self.gpu.memory_bytes * self.gpu_memory_utilization - taken
         return max(0, int(free // (self.kv_bytes_per_token_per_gpu * self.block_size_tokens)))
@@ -222,6 +232,14 @@ def step_s(
     A mixture reads an expert when any token of the step chose it: 1 - (1 - k/E)^tokens of them, for even routing. With PP this is the
     time of one batch through all stages; up to PP batches overlap.
     """
+    if p.fitted is not None:
+        return p.fitted(
+            prefill_tokens=prefill_tokens,
+            prefill_context_tokens=prefill_context_tokens,
+            decode_sequences=decode_sequences,
+            decode_context_tokens=decode_context_tokens,
+            prefill_sequences=prefill_sequences,
+        )
     cost = p.cost
     tokens = prefill_tokens + decode_sequences
     if tokens <= 0:
@@ -260,11 +278,14 @@ _PROFILE: Final = re.compile(r"(?P<gpu>[a-z0-9]+?)(?:x(?P<tp>[1-9]\d{0,2}))?-(?P
 
 
 def profile(name: str) -> EngineProfile:
-    """``GPU[xTP]-MODEL``: ``h100-llama3-8b``, ``h100x4-llama3-70b`` (TP 4).
+    """``GPU[xTP]-MODEL``: ``h100-llama3-8b``, ``h100x4-llama3-70b`` (TP 4); or the path of a file (``.yaml``, ``.yml``, ``.json``).
 
     Raises:
-        InvalidRequest: an unknown GPU or model (the nearest profile is named), or a model that does not fit there.
+        InvalidRequest: an unknown GPU or model (the nearest profile is named), a model that does not fit there, or a file that is not
+            there or is no profile.
     """
+    if is_path(name):
+        return _of_file(load(name))
     found = _PROFILE.fullmatch(name.strip().lower())
     gpu = GPUS.get(found["gpu"]) if found else None
     model = MODELS.get(found["model"]) if found else None
@@ -279,6 +300,30 @@ def profile(name: str) -> EngineProfile:
         raise InvalidRequest(
             f"profile {name!r}: the model does not fit on {built.tensor_parallel_size} of these GPUs{more}", param="profile"
         )
+    return built
+
+
+def _of_file(told: ProfileFile) -> EngineProfile:
+    """The profile that a file describes: its base with what it says otherwise, or model and GPU of its own."""
+    sizes = {
+        "tensor_parallel_size": told.tensor_parallel_size,
+        "pipeline_parallel_size": told.pipeline_parallel_size,
+        "block_size_tokens": told.block_size_tokens,
+        "kv_block_count_override": told.kv_block_count,
+        "max_num_seqs": told.max_num_seqs,
+        "max_num_batched_tokens": told.max_num_batched_tokens,
+        "fitted": told.step_time,
+    }
+    given: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
+    given["max_model_len_tokens"] = told.max_model_len_tokens or 0
+    if told.base is not None:
+        built = replace(profile(told.base), name=told.name, **given)
+    elif told.model is not None:
+        built = EngineProfile(told.name, told.gpu or MEASURED, told.model, **given)
+    else:
+        raise InvalidRequest(f"profile {told.name!r}: neither base nor model is given", param="profile")
+    if not built.kv_block_count:
+        raise InvalidRequest(f"profile {told.name!r}: the model does not fit there, and no kv_block_count is given", param="profile")
     return built
 
 

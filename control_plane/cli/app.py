@@ -123,7 +123,7 @@ def sim_engine(
     port: Annotated[int, typer.Option(parser=_number(0, 65_535), help="0: any free one.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     model: Annotated[str | None, typer.Option(metavar="NAME", help="The model name it answers to; the profile's when left out.")] = None,
-    profile: Annotated[str, typer.Option(help="Which model on which GPU it imitates.")] = "h100-llama3-8b",
+    profile: Annotated[str, typer.Option(help="Which model on which GPU it imitates, or a profile's file.")] = "h100-llama3-8b",
     speed: Annotated[float, typer.Option(parser=_number(0.001, 10_000, whole=False), help="10 runs its clock ten times faster.")] = 1.0,
     seed: Annotated[int, typer.Option(parser=_number(0, 2**63), help="Of its ids.")] = 0,
     kind: Annotated[str, typer.Option(help="generate, or embedding (embeddings, rerank, score).")] = "generate",
