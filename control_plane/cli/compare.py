@@ -38,9 +38,8 @@ def run_compare(
 
     plan = prepare(comparison, told=told, kept=None if fresh_capacity else default_store(), results=kept)
     if plan.left_out:
-        share = plan.left_out / (plan.left_out + plan.requests)
         told(
-            f"{plan.left_out} requests ({share:.0%}) are longer than the {plan.fleet.context_tokens} tokens that every engine holds, and "
+            f"{plan.left_out} of {plan.left_out + plan.requests} requests are longer than the {plan.fleet.context_tokens} tokens that every engine holds, and "
             "are left out; a model with a longer context (llama3.1-8b) runs them all"
         )
     told(

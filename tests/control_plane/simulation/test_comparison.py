@@ -171,7 +171,7 @@ def test_requests_that_no_engine_holds_are_left_out_and_counted(tmp_path: Path) 
 
 
 def test_capacity_is_where_the_fleet_stops_keeping_up_and_is_found_once(tmp_path: Path) -> None:
-    scenario = Scenario(parse_fleet("1xl40s-llama3-8b"), workload_of(TRACE, seed=0))
+    scenario = Scenario(parse_fleet("1xl40s-llama3-8b"), workload_of("azure_conv", seed=0))
     store, told = tmp_path / "kept" / "capacity.json", list[str]()
     found = capacity_rps(scenario, told=told.append, kept=store, probe_s=60.0)
     assert len(told) > 2
