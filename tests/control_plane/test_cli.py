@@ -47,7 +47,7 @@ def test_the_commands_there_are(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert run(monkeypatch, "--help") == 0
 
     listed = re.findall(r"^  ([a-z-]+)  +\S", capsys.readouterr().out.partition("Commands:")[2], re.MULTILINE)
-    assert listed == ["serve", "sim-engine", "demo", "check", "schema", "instances", "drain", "undrain", "explain", "top"]
+    assert listed == ["serve", "sim-engine", "demo", "check", "schema", "instances", "drain", "undrain", "explain", "top", "record"]
 
 
 def test_every_option_of_serve_is_a_field_of_the_configuration(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
