@@ -347,6 +347,23 @@ def top(
     _operate("top", url, admin_key, interval_s=interval_s, count=count)
 
 
+@app.command()
+def record(
+    out: Annotated[str, typer.Option("--out", metavar="FILE", help="The trace; `-` is standard output.")],
+    url: Url = DEFAULT_URL,
+    admin_key: AdminKey = None,
+    duration_s: Annotated[
+        float | None, typer.Option(parser=_number(1, 1e8, whole=False), help="How long; until Ctrl-C when left out.")
+    ] = None,
+) -> None:
+    """A running gateway's traffic as a trace, without its texts: lengths, times, classes and keyed hashes of prompts' beginnings."""
+    from control_plane.cli import operate
+    from control_plane.cli.record import record as run
+
+    with closing(operate.AdminClient(url, admin_key)) as client:
+        run(client, out, duration_s)
+
+
 def _operate(command: str, url: str, admin_key: str | None, **arguments: Any) -> None:
     from control_plane.cli import operate
 

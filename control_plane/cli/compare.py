@@ -38,10 +38,9 @@ def run_compare(
 
     plan = prepare(comparison, told=told, kept=None if fresh_capacity else default_store(), results=kept)
     if plan.left_out:
-        share = plan.left_out / (plan.left_out + plan.requests)
         told(
-            f"{plan.left_out} requests ({share:.0%}) are longer than the {plan.fleet.context_tokens} tokens that every engine holds, and "
-            "are left out; a model with a longer context (llama3.1-8b) runs them all"
+            f"{plan.left_out} of {plan.left_out + plan.requests} requests are left out: with their answers they are longer than the "
+            f"{plan.fleet.context_tokens} tokens that every engine holds (a model with a longer context, llama3.1-8b, runs them)"
         )
     told(
         f"{len(plan.jobs)} runs, each {plan.comparison.warmup_s:g} s of warm-up and {plan.duration_s:g} s judged, on simulated engines "

@@ -17,6 +17,7 @@ from control_plane.gateway.descriptors import DescriptorWatch, for_clients, rais
 from control_plane.gateway.endpoints import ENDPOINTS, GENERIC, in_anthropic_api, leads_up
 from control_plane.gateway.guard import AdminGuard
 from control_plane.gateway.model_list import find_card, model_list
+from control_plane.gateway.recording import Recorder
 from control_plane.gateway.relay import Relay
 from control_plane.gateway.replies import (
     JSON,
@@ -75,7 +76,8 @@ class Gateway:
         self._pages: dict[str, Page] = {"/health": self._health, "/ready": self._ready, "/v1/models": self._models}
         if metrics is not None:
             self._pages["/metrics"] = self._show_metrics
-        self._admin_app = make_admin_app(manager, self.settings, config)
+        self._recorder = Recorder(self.relay, manager.clock)
+        self._admin_app = make_admin_app(manager, self.settings, config, self._recorder)
         self._admin_calls: set[asyncio.Task[None]] = set()
         self._guard: AdminGuard | None = None
         self._admin_guard: AdminGuard | None = None
@@ -123,6 +125,7 @@ class Gateway:
             self._watch.close()
         if self._server is not None:
             await self.relay.drain(grace_s)
+        self._recorder.close()
         for server in (self._server, self._admin_server):
             if server is not None:
                 await server.stop(min(grace_s, 1.0))

@@ -28,6 +28,9 @@ KEPT_UP: Final = 0.95
 PRECISION: Final = 1.03
 PROBE_WARMUP_S: Final = 60.0
 PROBE_S: Final = 150.0
+#: a window in which fewer come says little
+LEAST_REQUESTS: Final = 600
+LONGEST_PROBE_S: Final = 7200.0
 #: batch that the first guess assumes
 _GUESS_BATCH: Final = 64
 _MOST_PROBES: Final = 40
@@ -71,6 +74,7 @@ def default_store() -> Path:
 
 
 def _keeps_up(scenario: Scenario, rate_rps: float, probe_s: float) -> bool:
+    probe_s = min(max(probe_s, LEAST_REQUESTS / rate_rps), LONGEST_PROBE_S)
     length_s = PROBE_WARMUP_S + probe_s
     workload = at_rate(scenario.workload, rate_rps, length_s, Random(f"capacity {scenario.seed}"))
     result = simulate(replace(scenario, workload=workload, warmup_s=PROBE_WARMUP_S, duration_s=probe_s), Arm())
