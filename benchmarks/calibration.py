@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "control_plane" / "support")]
 
 import engine_behaviours as behaviours  # noqa: E402
+import gateway_replay  # noqa: E402
 import replays  # noqa: E402
 from vllm_server import MODEL, VllmServer  # noqa: E402
 
@@ -48,6 +49,7 @@ Work = Callable[[Load], Awaitable[T]]
 MODEL_CORE, OTHERS_CORE = (os.cpu_count() or 2) - 1, 0
 SEQS, BUDGET_TOKENS = 32, 2_048
 MOST = 4_096
+PARTS = ("workloads", "behaviours", "settings", "policies")
 #: a difference between two settings that is to be seen in the model too
 DIFFERENCE = 0.05
 
@@ -84,9 +86,9 @@ class Model:
         return loop.run(main())
 
 
-def on_real(server: VllmServer, work: Work[T]) -> T:
+def on_real(url: str, work: Work[T]) -> T:
     async def main() -> T:
-        load = HttpLoad(server.url, SystemClock(), most=MOST)
+        load = HttpLoad(url, SystemClock(), most=MOST)
         load.model = MODEL
         try:
             return await work(load)
@@ -181,7 +183,7 @@ def check_workloads(server: VllmServer, model: Model, repeats: int, duration_s: 
     for repeat in range(repeats):
         for name, asks in chosen.items():
             before = _cpu_times()
-            streams = on_real(server, replaying(asks, 1_000 + repeat))
+            streams = on_real(server.url, replaying(asks, 1_000 + repeat))
             real[name].append(replays.figures(streams))
             stolen[name].append(_stolen(before, _cpu_times()))
             say(f"run {repeat + 1} of {repeats}, {name}: " + ", ".join(f"{key} {value:.1f}" for key, value in real[name][-1].items()))
@@ -218,7 +220,7 @@ def check_behaviours(out: Path, server: VllmServer, model: Model, report: Report
     block = model.profile.block_size_tokens
 
     def both(what: str, work: Work[Any], same: Callable[[Any, Any], bool], on: VllmServer = server, **how: Any) -> None:
-        real, modelled = on_real(on, work), model.run(work, **how)
+        real, modelled = on_real(on.url, work), model.run(work, **how)
         met = same(real, modelled)
         report.behaviours.append({"what": what, "real": _plain(real), "model": _plain(modelled), "met": met})
         say(f"{what}: real {_plain(real)}, model {_plain(modelled)}{'' if met else '  DIFFERENT'}")
@@ -298,10 +300,10 @@ def check_settings(out: Path, model: Model, repeats: int, duration_s: float, rep
     for arm in arms:
         here = {key: asks for key, (of, asks) in wanted.items() if of is arm}
         with real_engine(out, arm.name.replace(" ", "_"), *arm.flags) as server:
-            on_real(server, replaying(replays.poisson(4.0, 5.0, 5), 5))
+            on_real(server.url, replaying(replays.poisson(4.0, 5.0, 5), 5))
             for repeat in range(repeats):
                 for key, asks in here.items():
-                    real.setdefault(key, []).append(_by_class(asks, on_real(server, replaying(asks, 2_000 + repeat))))
+                    real.setdefault(key, []).append(_by_class(asks, on_real(server.url, replaying(asks, 2_000 + repeat))))
                     say(f"{key}: " + ", ".join(f"{name} {value:.0f}" for name, value in real[key][-1].items()))
         for key, asks in here.items():
             modelled[key] = _by_class(asks, model.run(replaying(asks, 3), **arm.model))
@@ -309,14 +311,34 @@ def check_settings(out: Path, model: Model, repeats: int, duration_s: float, rep
         report.settings += _ordered(one.name, other.name, name, real, modelled)
 
 
-def _by_class(asks: list[replays.Ask], streams: list[Any]) -> dict[str, float]:
-    """Mean TTFT by class, and of all of them TPOT and time to the end."""
-    found: dict[str, float] = {}
-    for label in sorted({ask.label for ask in asks}):
-        own = [stream for ask, stream in zip(asks, streams, strict=True) if ask.label == label]
-        found[f"TTFT mean ms{f', {label}' if label else ''}"] = statistics.fmean(stream.ttft_s for stream in own) * 1e3
-    every = replays.figures(streams)
-    return found | {name: every[name] for name in ("TPOT mean ms", "TPOT p99 ms", "e2e mean ms")}
+def check_policies(out: Path, path: Path, model: Model, repeats: int, duration_s: float, report: Report) -> None:
+    """The control plane's own policies: the gateway before the real engine, the simulator over the calibrated one."""
+    seqs = 8
+    # nearly what 32 sequences carry: beyond what 8 do
+    asks = replays.two_classes(0.9 * saturation_rps(model), duration_s / 2, 30)
+    policies = ("fifo", "priority", "adaptive")
+    real: dict[tuple[str, str], list[dict[str, float]]] = {}
+    modelled: dict[tuple[str, str], dict[str, float]] = {}
+    with real_engine(out, "behind_gateway", "--max-num-seqs", str(seqs)) as server:
+        on_real(server.url, replaying(replays.poisson(4.0, 5.0, 5), 5))
+        for repeat in range(repeats):
+            for policy in policies:
+                with gateway_replay.gateway(server.url, policy, out / f"gateway_{policy}.log", OTHERS_CORE) as url:
+                    # it finds out how much the engine takes at once before it is judged
+                    on_real(url, replaying(replays.poisson(20.0, 4.0, 6), repeat))
+                    streams = on_real(url, replaying(asks, 3_000 + repeat))
+                real.setdefault((policy, "two classes"), []).append(_by_class(asks, streams))
+                say(f"{policy}: " + ", ".join(f"{name} {value:.0f}" for name, value in real[policy, "two classes"][-1].items()))
+    for policy in policies:
+        modelled[policy, "two classes"] = gateway_replay.simulated(path, asks, policy, model.server.request_s, seqs)
+    for other in policies[1:]:
+        report.settings += _ordered(policies[0], other, "two classes", real, modelled)
+
+
+def _by_class(asks: list[replays.Ask], streams: list[Stream]) -> dict[str, float]:
+    every = [replays.tpot_ms(stream) for stream in streams]
+    e2e = [(stream.ended_s - stream.sent_s) * 1e3 for stream in streams]
+    return gateway_replay.by_class(asks, [stream.ttft_s * 1e3 for stream in streams], [one for one in every if one is not None], e2e)
 
 
 def _ordered(
@@ -374,9 +396,9 @@ def main() -> int:
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--duration-s", type=float, default=60.0)
     options.add_argument("--profile", type=Path, help="one that was made before, instead of calibrating")
-    options.add_argument("--only", choices=("workloads", "behaviours", "settings"), action="append")
+    options.add_argument("--only", choices=PARTS, action="append")
     given = options.parse_args()
-    parts = given.only or ["workloads", "behaviours", "settings"]
+    parts = given.only or list(PARTS)
     given.out.mkdir(parents=True, exist_ok=True)
     os.sched_setaffinity(0, {OTHERS_CORE})
     report = Report(
@@ -396,6 +418,8 @@ def main() -> int:
                 check_behaviours(given.out, server, model, report)
     if "settings" in parts:
         check_settings(given.out, Model(path), max(2, given.repeats - 1), given.duration_s, report)
+    if "policies" in parts:
+        check_policies(given.out, path, Model(path), max(2, given.repeats - 1), given.duration_s, report)
     (given.out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
     text = markdown(report)
     (given.out / "report.md").write_text(text)

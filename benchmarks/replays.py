@@ -108,10 +108,10 @@ def two_classes(rate_rps: float, duration_s: float, seed: int) -> list[Ask]:
     draw, at_s = _lengths(rng), rng.expovariate(rate_rps)
     while at_s < duration_s:
         if rng.random() < 0.25:
-            asks.append(Ask(at_s, ((f"u{len(asks)}", rng.randint(30, 120)),), rng.randint(8, 24), 0, "urgent"))
+            asks.append(Ask(at_s, ((f"u{len(asks)}", rng.randint(30, 120)),), rng.randint(8, 24), -1, "urgent"))
         else:
             prompt, output = draw()
-            asks.append(Ask(at_s, ((f"n{len(asks)}", prompt),), output, 5, "normal"))
+            asks.append(Ask(at_s, ((f"n{len(asks)}", prompt),), output, 1, "normal"))
         at_s += rng.expovariate(rate_rps)
     return asks
 
@@ -167,11 +167,7 @@ def figures(streams: Sequence[Stream]) -> dict[str, float]:
     """The metrics of one run."""
     ttft = [stream.ttft_s * 1e3 for stream in streams]
     e2e = [(stream.ended_s - stream.sent_s) * 1e3 for stream in streams]
-    tpot = [
-        (stream.ended_s - stream.token_s[0]) * 1e3 / (stream.output_tokens - 1)
-        for stream in streams
-        if stream.output_tokens is not None and stream.output_tokens > 1
-    ]
+    tpot = [value for value in map(tpot_ms, streams) if value is not None]
     length_s = max(stream.ended_s for stream in streams) - min(stream.sent_s for stream in streams)
     found: dict[str, float] = {}
     for name, values in (("TTFT", ttft), ("TPOT", tpot), ("e2e", e2e)):
@@ -180,6 +176,13 @@ def figures(streams: Sequence[Stream]) -> dict[str, float]:
         found[f"{name} p99 ms"] = quantile(values, 0.99)
     found["tokens/s"] = sum(stream.output_tokens or 0 for stream in streams) / length_s
     return found
+
+
+def tpot_ms(stream: Stream) -> float | None:
+    """Milliseconds a token after the first, over the whole answer; None: it had but one."""
+    if stream.output_tokens is None or stream.output_tokens < 2:
+        return None
+    return (stream.token_s[-1] - stream.token_s[0]) * 1e3 / (stream.output_tokens - 1)
 
 
 def quantile(values: Sequence[float], share: float) -> float:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import engine_behaviours as behaviours
 import pytest
 from child_environment import child_environment
 
@@ -145,7 +147,7 @@ async def test_a_calibration_that_is_stopped_leaves_no_request_running() -> None
     await server.start()
     load = HttpLoad(server.url, SystemClock(), most=8)
     begun = asyncio.Event()
-    work = asyncio.create_task(calibrate(load, Options(seed=1), told=lambda what, share: begun.set() if "beside" in what else None))
+    work = asyncio.create_task(calibrate(load, Options(seed=1), told=lambda what, share: begun.set() if "round" in what else None))
     try:
         await begun.wait()
         await asyncio.sleep(0.05)
@@ -248,6 +250,32 @@ def test_the_plan_keeps_within_what_a_server_holds() -> None:
         assert point.prompts * point.prompt_tokens + point.batch * point.context_tokens <= small.kv_tokens
         assert point.prompt_tokens < small.max_model_len_tokens
         assert point.kind is not Kind.DECODE or point.context_tokens + point.output_tokens <= small.max_model_len_tokens
+
+
+# ---- the model behind the same face, and what it does
+
+
+def behave(work: Callable[[ModelLoad], Any], **sizes: int) -> Any:
+    loop = VirtualLoop()
+    return loop.run(work(ModelLoad(loop, behaviours.tight_profile(**sizes), most=16, scheduling="priority")))
+
+
+def test_the_model_behaves_as_vllm_did_when_it_was_asked() -> None:
+    """What real/test_real_behaviours.py asks of a vLLM 0.32, with its answers."""
+    roomy = {"kv_block_count": 4_096, "max_num_seqs": 8, "max_model_len": 4_096}
+    assert behave(lambda load: behaviours.prefix_hits(load, 1, 128), **roomy) == [640, 0, 128, 256, 384, 512, 640, 128, 256]
+    assert behave(lambda load: behaviours.order_by_priority(load, 1, 4)) == [1, 3, 5, 7, 9]
+    assert behave(lambda load: behaviours.chunks(load, 1, 4_000), **roomy) == 2
+    assert behave(lambda load: behaviours.chunks(load, 1, 1_500), **roomy) == 1
+    before_s, after_s, left = behave(lambda load: behaviours.cancelled(load, 1, 8), **roomy)
+    assert after_s < before_s
+    assert left == pytest.approx(6 / 40), "five blocks each; the one that stays has gone on to its sixth"
+    thrown_out, tokens = behave(lambda load: behaviours.preemptions(load, 1, 300, 300, 4))
+    assert thrown_out > 0
+    assert tokens == [300] * 4
+    longer, together = behave(lambda load: behaviours.batched(load, 1, 8), **roomy)
+    assert together
+    assert 1.0 < longer < 2.5
 
 
 # ---- the command
