@@ -81,6 +81,8 @@ def profile_of(
         max_num_seqs=limits.max_num_seqs,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         max_model_len_tokens=served.max_model_len_tokens,
+        request_s=float(f"{fitted.server.request_s:.4g}"),
+        prompt_token_s=float(f"{fitted.server.prompt_token_s:.4g}"),
         step_time=fitted.step,
         measured=measured,
     )

@@ -22,6 +22,7 @@ from control_plane.calibration.server import Served, ask_server
 from control_plane.calibration.streams import Stream
 from control_plane.calibration.windows import Prompted, chunk_sizes, decode_window, prompt_window
 from control_plane.clock import SystemClock
+from control_plane.errors import InvalidRequest
 from control_plane.fitted_step import FittedStep, StepShape
 from control_plane.profile_file import ProfileFile
 from control_plane.roofline import EngineProfile, profile
@@ -222,13 +223,15 @@ def test_prompts_are_found_in_the_steps_that_computed_them() -> None:
     clock = stream_of(100, [0.00, 0.01, 0.02, 0.12, 0.20, 0.21, 0.22])
     # its first token came just after the tick of the step, or just before
     for first_s in (0.2003, 0.1997):
-        sample = prompt_window([clock], [Prompted(first_s, 150)], budget_tokens=101)
+        sample = prompt_window([clock], [Prompted(0.02, first_s, 150)], budget_tokens=101)
         assert sample is not None
         assert sample.seconds == pytest.approx(0.20)
         assert [shape.prefill_tokens for shape in sample.steps] == [0, 100, 50, 0]
         assert [shape.prefill_context_tokens for shape in sample.steps] == [0, 0, 100, 0]
         assert [shape.decode_context_tokens for shape in sample.steps] == [102, 103, 104, 105]
-    assert prompt_window([clock], [Prompted(0.22, 10)], budget_tokens=101) is None, "there is no tick after it"
+    assert prompt_window([clock], [Prompted(0.2, 0.22, 10)], budget_tokens=101) is None, "there is no tick after it"
+    late = stream_of(100, [0.00, 0.01, 0.200, 0.201, 0.202, 0.203, 0.204, 0.205])
+    assert prompt_window([late], [Prompted(0.02, 0.2035, 10)], budget_tokens=101) is None, "ticks that came late, all at once"
 
 
 def test_a_batch_is_looked_at_while_all_of_it_decodes() -> None:
@@ -339,3 +342,24 @@ def test_a_profile_holds_the_points_it_comes_from(tmp_path: Path) -> None:
     assert profile(str(path)).fitted == found.fitted.step
     assert len(written.measured["points"]) == len(found.fitted.rows)
     assert written.measured["beside_steps"]["request_s"] == pytest.approx(0.004, rel=0.02)
+    assert profile(str(path)).request_s == pytest.approx(0.004, rel=0.02)
+    assert profile(str(path)).prompt_token_s == pytest.approx(2e-6, rel=0.02)
+
+
+def test_the_simulator_charges_what_a_request_costs_beside_the_steps(tmp_path: Path) -> None:
+    from control_plane.simulator.fleet_spec import parse_fleet
+    from control_plane.simulator.run import simulate
+    from control_plane.simulator.scenario import Arm, Scenario
+    from control_plane.simulator.workload import TraceRequest, Workload
+
+    path = tmp_path / "server.yaml"
+    given = Workload("one", [TraceRequest(0.0, 1_000, 4)])
+
+    def ttft_ms(**costs: float) -> float:
+        ProfileFile("server", base="h100-llama3-8b", step_time=STEP, **costs).write(path)
+        return simulate(Scenario(parse_fleet(f"1x{path}"), given, jitter=0.0), Arm()).outcomes.ttft_ms(0)
+
+    assert ttft_ms(request_s=0.004, prompt_token_s=2e-6) - ttft_ms() == pytest.approx(6.0, abs=0.01)
+    path.write_text(path.read_text().replace("version: 1", "version: 1\nrequest_s: soon"))
+    with pytest.raises(InvalidRequest, match="request_s 'soon' is not a number of seconds"):
+        profile(str(path))
