@@ -330,7 +330,7 @@ def check_policies(out: Path, path: Path, model: Model, repeats: int, duration_s
                 real.setdefault((policy, "two classes"), []).append(_by_class(asks, streams))
                 say(f"{policy}: " + ", ".join(f"{name} {value:.0f}" for name, value in real[policy, "two classes"][-1].items()))
     for policy in policies:
-        modelled[policy, "two classes"] = gateway_replay.simulated(path, asks, policy, model.server.request_s, seqs)
+        modelled[policy, "two classes"] = gateway_replay.simulated(path, asks, policy, seqs)
     for other in policies[1:]:
         report.settings += _ordered(policies[0], other, "two classes", real, modelled)
 

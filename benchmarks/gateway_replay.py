@@ -49,7 +49,7 @@ def gateway(engine: str, policy: str, log: Path, core: int) -> Iterator[str]:
         process.stdout.close()
 
 
-def simulated(profile: Path, asks: Sequence[replays.Ask], policy: str, delay_s: float, max_num_seqs: int) -> dict[str, float]:
+def simulated(profile: Path, asks: Sequence[replays.Ask], policy: str, max_num_seqs: int) -> dict[str, float]:
     """The figures of :func:`by_class` from the simulator."""
     told = replace(load_profile_file(str(profile)), max_num_seqs=max_num_seqs, measured={})
     narrow = profile.with_name(f"{profile.stem}-{max_num_seqs}.yaml")
@@ -59,7 +59,7 @@ def simulated(profile: Path, asks: Sequence[replays.Ask], policy: str, delay_s: 
         TraceRequest(ask.at_s, ask.prompt_tokens, ask.output_tokens, slo_class=ask.label, priority=names[ask.priority]) for ask in asks
     ]
     scenario = Scenario(
-        parse_fleet(f"1x{os.fspath(narrow)}"), Workload("two classes", requests), slo=parse_slo(SLO), delay_s=delay_s, jitter=0.0
+        parse_fleet(f"1x{os.fspath(narrow)}"), Workload("two classes", requests), slo=parse_slo(SLO), delay_s=0.0, jitter=0.0
     )
     out = simulate(scenario, Arm(policy, "load_balanced")).outcomes
     rows = range(len(asks))

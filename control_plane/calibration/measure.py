@@ -129,7 +129,7 @@ class Bench:
         await clock.tokens(len(clock.token_s) + 3)
         size = self._served.block_size_tokens
         cached = point.cached_tokens // size * size
-        parts = [Prompted(stream.token_s[0], stream.prompt_tokens, stream.cached_tokens or cached) for stream in sent]
+        parts = [Prompted(stream.sent_s, stream.token_s[0], stream.prompt_tokens, stream.cached_tokens or cached) for stream in sent]
         sample = prompt_window(decoders, parts, self._budget_tokens)
         return None if sample is None else Measured(sample, point.prompt_tokens)
 

@@ -18,12 +18,15 @@ __all__ = ["Prompted", "chunk_sizes", "decode_window", "prompt_window", "tick_of
 
 #: fewer steps in which the whole batch decodes tell nothing
 LEAST_STEPS = 6
+#: the steps around a prompt take at least this share of the time to its first token
+_PLAUSIBLE = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Prompted:
     """A prompt that was computed while others decoded."""
 
+    sent_s: float
     first_s: float
     tokens: int
     cached_tokens: int = 0
@@ -65,7 +68,7 @@ def context_at(stream: Stream, when_s: float) -> int:
 
 def prompt_window(decoders: Sequence[Stream], prompts: Sequence[Prompted], budget_tokens: int) -> Sample | None:
     """The steps that computed ``prompts``, with one decode step before and one after them, so that a tick that was taken for its
-    neighbour changes nothing. None: there is no tick before or after."""
+    neighbour changes nothing. None: there is no tick before or after, or the ticks came late, many at once."""
     ticks = decoders[-1].token_s
     slack_s = _slack_s(ticks)
     room = budget_tokens - len(decoders)
@@ -79,6 +82,9 @@ def prompt_window(decoders: Sequence[Stream], prompts: Sequence[Prompted], budge
             done += size
     first, last = min(parts) - 2, max(parts) + 1
     if first < 0 or last >= len(ticks):
+        return None
+    # a prompt waits for the step in progress and for its own; ticks that lie closer together than that were held up on their way
+    if ticks[last] - ticks[first] < _PLAUSIBLE * max(prompt.first_s - prompt.sent_s for prompt in prompts):
         return None
     shapes = []
     for step in range(first + 1, last + 1):
