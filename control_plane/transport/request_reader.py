@@ -219,7 +219,10 @@ class RequestReader:
         return data[left_bytes:]
 
     def _bound_overhead(self, fed_bytes: int) -> None:
-        """Chunk extensions and trailers: bytes that do not make the body longer."""
+        """Chunk extensions and trailers: reads that do not make the body longer."""
+        if self._barren_bytes < 0:
+            self._barren_bytes = 0
+            return
         self._barren_bytes += fed_bytes
         if self._barren_bytes > self._limits.max_header_bytes:
             raise Refused(431, "invalid_request", "Too many bytes of trailers or chunk extensions.")
@@ -274,7 +277,7 @@ class RequestReader:
             self._taker.send_continue()
 
     def on_body(self, data: bytes) -> None:
-        self._barren_bytes = 0
+        self._barren_bytes = -1  # this read is none of them
         if self._received_bytes:
             self._append(data)
         else:
