@@ -297,6 +297,21 @@ def test_backpressure(loop: str) -> None:
     run(loop, scenario())
 
 
+@pytest.mark.parametrize("chunk_bytes", [1_000, 8_192, 300_000])
+def test_a_chunked_body_may_come_in_reads_of_any_size(loop: str, chunk_bytes: int) -> None:
+    """Only reads without a byte of it are counted as chunk extensions and trailers."""
+
+    async def scenario() -> None:
+        chunk = b"%x\r\n%b\r\n" % (chunk_bytes, b"x" * chunk_bytes)
+        count = 900_000 // chunk_bytes
+        async with serving(echo) as server:
+            answer = await ask(server.port, posted(b"Transfer-Encoding: chunked", b"Connection: close", body=chunk * count + b"0\r\n\r\n"))
+            assert statuses(answer) == [200]
+            assert answer.count(b"x" * 1_000) == chunk_bytes * count // 1_000
+
+    run(loop, scenario())
+
+
 def test_unfinished_bodies_have_a_common_bound(loop: str) -> None:
     async def scenario() -> None:
         async with serving(echo, ServerLimits(max_receiving_bytes=1_000_000, linger_s=0.2)) as server:
