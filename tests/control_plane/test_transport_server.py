@@ -280,9 +280,8 @@ def test_backpressure(loop: str) -> None:
                 await until(lambda: calls == ["pause", "resume"])
                 exchange.keep_alive = False
                 exchange.end()
-                await asyncio.sleep(0.05)
+                assert (await read).count(b"2710\r\n") == written  # to its end: the server closes behind it
                 writer.close()
-                assert (await read).count(b"2710\r\n") == written
             # a client that takes nothing more is dropped
             async with raw_socket(server.port) as (reader, writer):
                 writer.transport.pause_reading()
