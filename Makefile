@@ -19,7 +19,7 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-pure compile test-real test-browser fuzz bench check wheel clean
+.PHONY: help demo test test-pure compile test-real browser test-browser fuzz bench check wheel clean
 
 help:
 	@sed -n '3,$$ { /^#   /!q; s/^#   //p }' $(firstword $(MAKEFILE_LIST))
@@ -73,8 +73,11 @@ test-real: $(VENV)/.installed-test
 	cd tests/control_plane && $(BIN)/python -m pytest -v -m real --timeout 300 $(PYTEST_ARGS)
 
 # No step of its own for the browser in `make test`: playwright and a browser are some 500 MB.
-test-browser: $(VENV)/.installed-test
+browser: $(VENV)/.installed-test
 	@$(BIN)/python -c "import playwright" 2>/dev/null || $(PIP) install -e '.[browser]'
+	scripts/browser.sh $(BIN)/python
+
+test-browser: browser
 	BROWSER_PATH=$$(scripts/browser.sh $(BIN)/python) && export BROWSER_PATH && \
 	cd tests/control_plane && $(BIN)/python -m pytest -v -m browser $(PYTEST_ARGS)
 
