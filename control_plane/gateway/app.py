@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
 
+from control_plane.body_memory import BodyMemory
 from control_plane.errors import ControlPlaneError, Draining, NoInstanceAvailable, OutOfDescriptors
 from control_plane.gateway.access_log import AccessLog
 from control_plane.gateway.admin import make_admin_app
@@ -68,7 +69,7 @@ class Gateway:
     ) -> None:
         self.manager = manager
         self.settings = settings or GatewaySettings()
-        self._limits = _server_limits(limits or ServerLimits(), self.settings)
+        self._limits = _server_limits(limits or ServerLimits(), self.settings, manager.body_memory)
         self._log = AccessLog(manager.clock, manager.events, self.settings.access_log_path) if self.settings.access_log else None
         self.relay = Relay(manager, self.settings, self._log, max_open=self.settings.max_streams or streams_that_fit(1024))
         self._created = int(manager.clock.utc(manager.clock.now_s()).timestamp())
@@ -98,6 +99,7 @@ class Gateway:
         spare = reserved(descriptors)
         limits = replace(self._limits, max_descriptor=self._limits.max_descriptor or for_clients(descriptors))
         tls = self.settings.tls_context()
+        memory = self.manager.body_memory
         self.relay.draining = False
         if admin_port is None:
             self._guard = AdminGuard(self.settings.admin_key, own_listener=False, listen_host=host)
@@ -106,9 +108,9 @@ class Gateway:
             self._admin_guard = AdminGuard(self.settings.admin_key, own_listener=True, listen_host=listen_host)
             # whoever operates it gets in where clients do not any more
             admin_limits = replace(limits, max_descriptor=descriptors - spare // 2)
-            self._admin_server = HttpServer(self.handle_admin, limits=admin_limits, ssl=tls, refuse=self._refuse)
+            self._admin_server = HttpServer(self.handle_admin, limits=admin_limits, ssl=tls, refuse=self._refuse, memory=memory)
             await self._admin_server.start(listen_host, admin_port)
-        self._server = HttpServer(self.handle, limits=limits, ssl=tls, refuse=self._refuse)
+        self._server = HttpServer(self.handle, limits=limits, ssl=tls, refuse=self._refuse, memory=memory)
         try:
             await self._server.start(host, port)
         except BaseException:
@@ -271,9 +273,14 @@ class Gateway:
         guard.check(exchange)
         if len(self._admin_calls) >= MAX_ADMIN_CALLS:
             raise TooManyStreams(f"{MAX_ADMIN_CALLS} admin requests are open.")
+        memory, size = self.manager.body_memory, len(exchange.body)
+        if not memory.fits(size):
+            raise memory.full(size)
+        memory.take(size)
         task = asyncio.get_running_loop().create_task(self._serve_admin(exchange))
         self._admin_calls.add(task)
         task.add_done_callback(self._admin_calls.discard)
+        task.add_done_callback(lambda _: memory.give_back(size))
 
     async def _serve_admin(self, exchange: Exchange) -> None:
         request_id = self.relay.take_id(dict(exchange.headers))
@@ -311,8 +318,9 @@ def _elapsed_ms(exchange: Exchange) -> float:
     return round((asyncio.get_running_loop().time() - exchange.received_s) * 1000.0, 1)
 
 
-def _server_limits(limits: ServerLimits, settings: GatewaySettings) -> ServerLimits:
-    return replace(limits, max_body_bytes=settings.max_body_bytes, max_header_bytes=settings.max_header_bytes)
+def _server_limits(limits: ServerLimits, settings: GatewaySettings, memory: BodyMemory) -> ServerLimits:
+    # what alone holds more than all may is too large, and no later try would help
+    return replace(limits, max_body_bytes=min(settings.max_body_bytes, memory.max_bytes), max_header_bytes=settings.max_header_bytes)
 
 
 def _started(server: HttpServer | None) -> HttpServer:

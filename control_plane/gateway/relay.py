@@ -127,6 +127,7 @@ class Relay:
         stream = b"stream=true" in exchange.query
         forwarded = ((b"x-request-id", request_id.encode()), *known.forwarded)
         wire = WireRequest(known.target, exchange.body, stream, method=exchange.method, headers=forwarded)
+        exchange.body = b""  # the wire request holds it, and lets go of it at the end
         sink = ClientSink(exchange, ANY, request_id, self, stream=stream, extra_headers=known.cors)
         sink.gone = gone(response_id, instance.instance_id, "response_id")
         self._accept(request, wire, sink, RequestKind.ANY, instance.instance_id)
