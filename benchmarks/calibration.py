@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -178,14 +178,14 @@ def check_workloads(server: VllmServer, model: Model, repeats: int, duration_s: 
     report.notes.append(f"saturation by the model: {full_rps:.1f} requests a second")
     chosen = workloads(full_rps, duration_s)
     real: dict[str, list[dict[str, float]]] = {name: [] for name in chosen}
-    stolen: dict[str, list[float]] = {name: [] for name in chosen}
+    others: dict[str, list[float]] = {name: [] for name in chosen}
     # the runs of one workload are not one after another: what drifts meets all
     for repeat in range(repeats):
         for name, asks in chosen.items():
-            before = _cpu_times()
+            before = _cpu_times(server)
             streams = on_real(server.url, replaying(asks, 1_000 + repeat))
             real[name].append(replays.figures(streams))
-            stolen[name].append(_stolen(before, _cpu_times()))
+            others[name].append(_others(before, _cpu_times(server)))
             say(f"run {repeat + 1} of {repeats}, {name}: " + ", ".join(f"{key} {value:.1f}" for key, value in real[name][-1].items()))
     for name, asks in chosen.items():
         streams = model.run(replaying(asks, 1))
@@ -195,21 +195,30 @@ def check_workloads(server: VllmServer, model: Model, repeats: int, duration_s: 
                 "name": name,
                 "requests": len(asks),
                 "runs": repeats,
-                "stolen": max(stolen[name]),
+                "others": max(others[name]),
                 "cached_tokens": sum(stream.cached_tokens or 0 for stream in streams),
                 "rows": [asdict(row) | {"error": row.error, "met": row.met} for row in rows],
             }
         )
 
 
-def _cpu_times() -> list[int]:
-    return [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+def _cpu_times(server: VllmServer) -> tuple[int, int, int]:
+    """Ticks since the start: all there were, those in which work was done or the host gave to others, those of ours among them."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    own = 0
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            told = stat.read_text().rpartition(")")[2].split()
+            # its process group; user and system time
+            if int(told[2]) in (server.group, os.getpgrp()):
+                own += int(told[11]) + int(told[12])
+    return sum(fields), sum(fields) - fields[3] - fields[4], own
 
 
-def _stolen(before: list[int], after: list[int]) -> float:
-    """Share of the machine's time that its host gave to others."""
-    spent = [b - a for a, b in zip(before, after, strict=True)]
-    return spent[7] / max(1, sum(spent))
+def _others(before: tuple[int, int, int], after: tuple[int, int, int]) -> float:
+    """Share of the machine that was not ours and not idle."""
+    total, busy, own = (b - a for a, b in zip(before, after, strict=True))
+    return max(0.0, (busy - own) / max(1, total))
 
 
 # ---------------------------------------------------------------------- behaviours
@@ -371,9 +380,8 @@ def markdown(report: Report) -> str:
     lines = [f"{report.at}, {report.engine}; {report.machine}; `{report.command}`", ""]
     lines += [f"- {line}" for line in report.calibration + report.notes] + [""]
     for workload in report.workloads:
-        lines.append(
-            f"**{workload['name']}** ({workload['requests']} requests, {workload['runs']} runs, {workload['stolen']:.1%} stolen)\n"
-        )
+        size = f"{workload['requests']} requests, {workload['runs']} runs"
+        lines.append(f"**{workload['name']}** ({size}, others took up to {workload['others']:.1%} of the machine)\n")
         lines += ["| | real | run to run | model | error | aim |", "|---|---|---|---|---|---|"]
         for row in workload["rows"]:
             met = "" if row["met"] else " **missed**"

@@ -76,6 +76,11 @@ class VllmServer:
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def group(self) -> int:
+        """Its process group; 0 before it was launched."""
+        return self._process.pid if self._process is not None else 0
+
     def warm_up(self) -> None:
         """The first requests compile and allocate; sampling with a seed takes seconds the first time on a machine."""
         if self.flags is EMBEDDING:
