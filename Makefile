@@ -8,6 +8,7 @@
 #   make test-browser  runs the tests of the pages it makes in a real browser: one that is there, or one that it installs
 #   make fuzz        any bytes against the server, the client's side and the reading of bodies, FUZZ_SECONDS each (300)
 #   make bench       what relaying costs, beside a bare relay, nginx and vllm-router (installs the last into an environment of its own)
+#   make calibration   calibrates a real vLLM (CPU) and replays work on it and on its model; half an hour on two cores that do nothing else
 #   make check       ruff, mypy and the layers contract
 #   make wheel       builds the wheel, installs it into an environment of its own and tries it
 #   make clean       removes what the others made
@@ -19,7 +20,7 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-pure compile test-real browser test-browser fuzz bench check wheel clean
+.PHONY: help demo test test-pure compile test-real browser test-browser fuzz bench calibration check wheel clean
 
 help:
 	@sed -n '3,$$ { /^#   /!q; s/^#   //p }' $(firstword $(MAKEFILE_LIST))
@@ -98,6 +99,11 @@ bench: $(VENV)/.installed-dev $(BENCH_VENV)/.made
 	@command -v nginx /usr/sbin/nginx >/dev/null || { echo "make: nginx is missing (apt-get install nginx-light)" >&2; exit 1; }
 	VLLM_ROUTER=$(abspath $(BENCH_VENV))/bin/vllm-router $(BIN)/python benchmarks/gateway.py --json build/bench/gateway.json $(BENCH_ARGS)
 	$(BIN)/python benchmarks/decision.py
+
+calibration: $(VENV)/.installed-test
+	@$(COMPILE_CHANGED)
+	scripts/real_vllm/install.sh
+	$(BIN)/python benchmarks/calibration.py $(CALIBRATION_ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -157,6 +157,40 @@ def sim_engine(
     )
 
 
+@app.command("calibrate")
+def calibrate_server(
+    engine: Annotated[str, typer.Option("--engine", metavar="URL", help="The server to measure; it must be idle.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The profile to write (.yaml).")],
+    name: Annotated[str | None, typer.Option(help="The profile's name; the file's when left out.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Which of its models; the first when left out.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="PROFILE", help="Catalogue profile for sizes and prices: h100-llama3-8b.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="CONTROL_PLANE_ENGINE_API_KEY", help="Key of the server.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer points, one round: a first look.")] = False,
+    rounds: Annotated[int, typer.Option(parser=_number(1, 100), help="How often each point is measured; the median counts.")] = 5,
+    budget_s: Annotated[float, typer.Option(parser=_number(1, 86_400, whole=False), help="No point is begun after so long.")] = 900.0,
+    max_concurrency: Annotated[int, typer.Option(parser=_number(1, 4_096), help="Requests at once, at most.")] = 32,
+    max_num_seqs: Annotated[int | None, typer.Option(parser=_number(1, 2**20), help="The server's flag, where it is known.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(parser=_number(1, 2**24), help="Likewise.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(parser=_number(2, 2**31), help="Likewise, where /v1/models tells none.")] = None,
+    block_size: Annotated[int | None, typer.Option(parser=_number(1, 2**20), help="KV block, where /metrics tells none.")] = None,
+    kv_blocks: Annotated[int | None, typer.Option(parser=_number(1, 2**31), help="KV blocks, likewise.")] = None,
+    seed: Annotated[int | None, typer.Option(parser=_number(0, 2**63), help="Of the prompts; drawn when left out.")] = None,
+) -> None:
+    """Measure a real server with a bounded load and write a profile for the simulator and sim-engine."""
+    from control_plane.calibration import Given, Options, run_calibrate
+
+    given = Given(
+        model=model,
+        max_model_len_tokens=max_model_len,
+        block_size_tokens=block_size,
+        kv_block_count=kv_blocks,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )
+    options = Options(given=given, rounds=1 if quick else rounds, quick=quick, budget_s=budget_s, seed=seed)
+    raise typer.Exit(run_calibrate(engine, out, most=max_concurrency, api_key=api_key, name=name, base=base, options=options))
+
+
 @app.command()
 def demo(
     duration_s: Annotated[float, typer.Option(parser=_number(2, 3_600, whole=False), help="How long the load runs.")] = 30.0,

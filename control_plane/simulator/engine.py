@@ -79,7 +79,7 @@ class VirtualEngine:
         on_start: hears of every request sent here, before anything is done with it.
         block_tokens: tokens of one block of the workload.
         delay_s: seconds from sending a request until the engine's scheduler sees it, and back: network and the server's own work,
-            all charged on the way in.
+            all charged on the way in. What the profile's server takes for itself comes to it.
         jitter: sigma of the lognormal noise on step times, drawn from ``rng``.
     """
 
@@ -137,8 +137,9 @@ class VirtualEngine:
             sink.failed(self._too_long(served))
             return served
         self._served[served] = None
-        if self._delay_s:
-            served.arriving = self._loop.wake_at(self._loop.time() + self._delay_s, lambda: self._arrive(served))
+        delay_s = self._delay_s + self.profile.request_s + self.profile.prompt_token_s * served.prompt_tokens
+        if delay_s:
+            served.arriving = self._loop.wake_at(self._loop.time() + delay_s, lambda: self._arrive(served))
         else:
             self._arrive(served)
         return served
