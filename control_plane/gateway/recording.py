@@ -29,8 +29,8 @@ from control_plane.types import RequestKind
 
 #: bytes of a prompt's JSON that one block id stands for: about 256 tokens
 BLOCK_BYTES: Final = 1024
-#: pieces of one prompt that get an id; what lies beyond is not told apart
-MAX_BLOCKS: Final = 16_384
+#: pieces of one prompt that get an id, more than any context holds: hashing stops the event loop, some 7 µs a piece
+MAX_BLOCKS: Final = 2_048
 #: recordings at a time: each hashes all prompts with its own salt
 MAX_RECORDINGS: Final = 4
 #: lines kept for a reader that is slow; beyond it the newest are dropped

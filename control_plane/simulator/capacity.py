@@ -21,9 +21,9 @@ from control_plane.simulator.scenario import Arm, Scenario
 from control_plane.simulator.workload import Workload
 
 #: changes whenever what is simulated does: kept capacities of other versions are not used
-VERSION: Final = 1
+VERSION: Final = 2
 #: a rate is kept up with when at least this share of what comes in the window also ends in it
-KEPT_UP: Final = 0.95
+KEPT_UP: Final = 0.97
 #: bisection ends when the bounds are this close
 PRECISION: Final = 1.03
 PROBE_WARMUP_S: Final = 60.0
@@ -42,7 +42,7 @@ def capacity_rps(
 ) -> float:
     """Highest rate, in requests a second, that the fleet keeps up with under the default policy and router.
 
-    A rate is kept up with when at least 95 % of as many requests end in the window as come in it. ``kept``: a file of capacities found
+    A rate is kept up with when at least 97 % of as many requests end in the window as come in it. ``kept``: a file of capacities found
     before. Raises InvalidRequest when not even one request in a thousand seconds is kept up with.
     """
     key = _key(scenario, probe_s)

@@ -38,7 +38,7 @@ const METRICS = [
 ];
 const metricOf = (key) => METRICS.find((metric) => metric.key === key);
 
-// Of the colours (Okabe and Ito's, tuned to both papers) every third man in a hundred sees some alike: dash and mark tell arms apart as well.
+// Okabe and Ito's colours, tuned to light and dark paper. Nobody has to tell them apart: dash and mark differ as well.
 const COLOURS = 8;
 const DASHES = [[], [9, 4], [2, 3], [10, 3, 2, 3], [5, 3]];
 const MARKS = [
@@ -80,7 +80,7 @@ function select(label, options, name) {
   const items = options.map(([value, text]) => h("option", { value, selected: String(value) === String(chosen[name]) }, text));
   const change = (event) => {
     chosen[name] = typeof chosen[name] === "number" ? Number(event.target.value) : event.target.value;
-    changed(name);
+    draw();
   };
   return h("label", {}, h("span", { class: "small" }, label), h("select", { name, onchange: change }, items));
 }

@@ -211,7 +211,6 @@ function cdf(name) {
       axis({ scale: "x", side: 3, size: 50, values: (_, ticks) => ticks.map((share) => `${share} %`) }),
       axis({ scale: "y", side: 2, size: 34, splits: () => logSplits(low, high), values: (made, ticks) => spaced(made, ticks), filter: (_, ticks) => ticks }),
     ],
-    cursor: { x: false, y: true },
     series: [{}, ...found.map((one) => lineOf(one.arm))],
     hooks: { drawAxes: [(made) => { targetLines(made, name); found.forEach((one) => spread(made, one)); }], draw: [(made) => found.forEach((one) => stampQuantiles(made, one))] },
   }, [percents, ...found.map((one) => one.of.mean.map((time) => (time > 0 ? time : null)))], `Distribution of ${TIMES[name].toLowerCase()}`, (index) => ({

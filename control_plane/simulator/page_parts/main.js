@@ -6,7 +6,7 @@ function controls() {
   const toggle = (arm) => (event) => {
     if (event.target.checked) chosen.hidden.delete(arm);
     else chosen.hidden.add(arm);
-    changed("arms");
+    draw();
   };
   form.append(
     select("Rate", data.rates.map((rate, number_) => [number_, rateText(rate)]), "rate"),
@@ -49,10 +49,6 @@ function draw() {
   // what was chosen with the keyboard keeps it, though it was made anew
   const again = focused && document.querySelector(`select[name="${focused}"]`);
   if (again && again !== document.activeElement) again.focus();
-}
-
-function changed() {
-  draw();
 }
 
 function begin() {

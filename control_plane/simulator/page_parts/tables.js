@@ -113,7 +113,7 @@ function summaryCell(metric, line) {
     h("span", { class: "value" }, figure(metric, value.mean)),
     h("span", { class: "interval" }, interval(metric, value)),
     against && against.difference != null
-      ? h("span", { class: "against" }, `${signed(metric, against.difference)} `, h("span", { class: "interval-inline small" }, interval(metric, against, 2)), " ",
+      ? h("span", { class: "against" }, `${signed(metric, against.difference)} `, h("span", { class: "small" }, interval(metric, against, 2)), " ",
         verdictOf === "none" ? null : h("span", { class: `badge ${verdictOf}` }, JUDGED[verdictOf]))
       : null,
   ];

@@ -36,7 +36,7 @@ function queue() {
     hooks: { draw: [(made) => found.forEach((one, number_) => stampSome(made, one.arm, number_, found.length))] },
   }, joined, `Requests ${says} over time`, (index) => ({
     head: `at ${seconds(joined[0][index])}`,
-    rows: found.map((one, number_) => [one.arm, number(joined[number_ + 1][index])]),
+    rows: found.map((one, number_) => [one.arm, joined[number_ + 1][index] == null ? "–" : tick(joined[number_ + 1][index])]),
   }));
 }
 

@@ -283,4 +283,5 @@ async def test_ctrl_c_ends_it_well(make_stand: Any, eventually: Any, tmp_path: P
     await eventually(lambda: path.read_bytes().count(b"\n") == 2)
     child.send_signal(signal.SIGINT)
     _, said = await asyncio.wait_for(child.communicate(), 20)
-    assert (child.returncode, said.decode()) == (0, f"1 requests recorded in {path}\n")
+    assert child.returncode == 0
+    assert said.decode().endswith(f"1 requests recorded in {path}\n")
