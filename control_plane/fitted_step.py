@@ -19,7 +19,7 @@ __all__ = ["FittedStep", "Sample", "StepShape", "fit", "non_negative_least_squar
 #: the linear coefficients in the order of :meth:`StepShape.features`
 _LINEAR: Final = (
     "overhead_s", "prefill_token_s", "prefill_pair_s", "prefill_context_s", "decode_sequence_s", "decode_context_s", "sequence_s",
-    "mixed_s",
+    "mixed_s", "prompt_s",
 )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ class StepShape(NamedTuple):
         begun = sequences if tokens > 0 else 0.0
         pairs = tokens * (context + 0.5 * tokens) / sequences
         mixed = 1.0 if tokens > 0 and decodes > 0 else 0.0
-        return [repeats * value for value in (1.0, tokens, pairs, context, decodes, decode_context, decodes + begun, mixed)]
+        return [repeats * value for value in (1.0, tokens, pairs, context, decodes, decode_context, decodes + begun, mixed, begun)]
 
 
 class Sample(NamedTuple):
@@ -67,6 +67,7 @@ class FittedStep:
         decode_context_s: a token of its context.
         sequence_s: a sequence of either kind (its sampling).
         mixed_s: of a step that has both kinds (another attention kernel, no captured graph).
+        prompt_s: a prompt that is computed in this step, or a part of one (taking it in).
         token_table: (tokens in the step, seconds), rising: what is not linear in their number; between two entries a straight line,
             after the last the slope that leads to it.
     """
@@ -79,6 +80,7 @@ class FittedStep:
     decode_context_s: float = 0.0
     sequence_s: float = 0.0
     mixed_s: float = 0.0
+    prompt_s: float = 0.0
     token_table: tuple[tuple[float, float], ...] = ()
 
     def __post_init__(self) -> None:
@@ -114,7 +116,7 @@ class FittedStep:
         if prefill_tokens > 0:
             pairs = prefill_tokens * (prefill_context_tokens + 0.5 * prefill_tokens) / prefill_sequences
             total_s += prefill_tokens * self.prefill_token_s + pairs * self.prefill_pair_s
-            total_s += prefill_context_tokens * self.prefill_context_s + prefill_sequences * self.sequence_s
+            total_s += prefill_context_tokens * self.prefill_context_s + prefill_sequences * (self.sequence_s + self.prompt_s)
             if decode_sequences > 0:
                 total_s += self.mixed_s
         return total_s + _interpolated(self.token_table, tokens) if self.token_table else total_s

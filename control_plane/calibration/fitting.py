@@ -251,7 +251,9 @@ def _row(point: Point, found: Sequence[Measured], step: FittedStep, server: Serv
     spread = (each[-1 - len(each) // 4] - each[len(each) // 4]) / median(each) if len(each) > 1 else 0.0
     sample = reading.sample
     if point.kind is Kind.TOGETHER:
-        predicted_s = server.request_s + (point.prompts - 1) * server.serial_s + predict(step, [_at_once(point)])
+        # the last also waits for the step of those before it
+        steps_s = predict(step, [_at_once(point), StepShape(prefill_tokens=1)])
+        predicted_s = server.request_s + (point.prompts - 1) * server.serial_s + steps_s
         return Row(point, len(found), sample.seconds, predicted_s, spread)
     if not sample.steps:
         tokens = reading.prompt_tokens
