@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from control_plane.engines.model import EngineModel, ModelSequence
-from control_plane.engines.sequence import State
+from control_plane.engines.state import State
 from control_plane.errors import EngineError, InstanceFailed
 from control_plane.protocols import Call, EngineOutcome, Headers, Sink, WireRequest
 from control_plane.roofline import EngineProfile
