@@ -3,14 +3,21 @@ as much."""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from control_plane.gateway.tenths import to_tenths
+from control_plane.live_state import LiveState, RequestFields
+
+if TYPE_CHECKING:
+    from control_plane.gateway.sink import ClientSink
 
 #: parts kept of each kind
 MAX_KEPT: Final = 4096
+#: characters kept of what a client chose
+MAX_PATH: Final = 200
+MAX_TENANT: Final = 128
 
 
 class Line:
@@ -49,6 +56,32 @@ class Line:
         self.input_tokens = -1
         self.output_tokens = -1
         self.attempts = 1
+
+
+def line_of(sink: ClientSink, status: int, code: str, now_s: float) -> Line:
+    """The line of an answer that has ended."""
+    job, exchange = sink.job, sink.exchange
+    assert exchange is not None
+    line = Line(sink.request_id, exchange.method, exchange.path[:MAX_PATH], status, 0.0, code)
+    if job is not None:
+        arrival_s = job.arrival_s
+        line.total_ms = (now_s - arrival_s) * 1000.0
+        fields: RequestFields = job.request
+        line.tenant = fields.tenant[:MAX_TENANT]
+        line.model = job.lane.model
+        line.attempts = job.attempts
+        if job.instance is not None:
+            live: LiveState = job.instance
+            line.instance = live.instance_id
+            line.queue_ms = (job.scheduled_s - arrival_s) * 1000.0
+        if job.first_token_s:
+            line.ttft_ms = (job.first_token_s - arrival_s) * 1000.0
+        if job.usage is not None:
+            line.input_tokens = job.usage.prompt_tokens
+            line.output_tokens = job.usage.completion_tokens
+        else:
+            line.output_tokens = job.output_tokens
+    return line
 
 
 class LineWriter:
