@@ -96,8 +96,8 @@ class LineWriter:
     def text(self, time: str, line: Line) -> str:
         request_id = line.request_id
         # ids are visible ASCII, almost always without the two characters that JSON escapes
-        plain = '"' not in request_id and "\\" not in request_id
-        name = f'"{request_id}"' if plain else _json(request_id)
+        if '"' in request_id or "\\" in request_id:
+            request_id = _json(request_id)[1:-1]
         what = self._what.get((line.method, line.path)) or self._new_what(line.method, line.path)
         who = self._who.get((line.tenant, line.model, line.instance)) or self._new_who(line.tenant, line.model, line.instance)
         code = f',"code":"{line.code}"' if line.code else ""
@@ -108,7 +108,7 @@ class LineWriter:
         made = f',"output_tokens":{line.output_tokens}' if line.output_tokens >= 0 else ""
         tries = f',"attempts":{line.attempts}' if line.attempts != 1 else ""
         total = to_tenths(line.total_ms)
-        return f'{{"time":"{time}","request_id":{name}{what}{line.status},"total_ms":{total}{code}{who}{times}{read}{made}{tries}}}'
+        return f'{{"time":"{time}","request_id":"{request_id}"{what}{line.status},"total_ms":{total}{code}{who}{times}{read}{made}{tries}}}'
 
     def _new_what(self, method: str, path: str) -> str:
         if len(self._what) >= MAX_KEPT:

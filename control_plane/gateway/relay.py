@@ -22,6 +22,7 @@ from control_plane.gateway.routing_members import NamesNoModel
 from control_plane.gateway.settings import GatewaySettings
 from control_plane.gateway.sink import ClientSink, ResponsesSink
 from control_plane.job import Job
+from control_plane.live_state import RequestFields
 from control_plane.manager import ControlPlaneManager
 from control_plane.protocols import WireRequest
 from control_plane.transport import Exchange
@@ -61,13 +62,13 @@ class Relay:
         try:
             self.check(headers)
             ask = read(endpoint, exchange.body, headers, self.manager.resolve_model, ask_usage=self._ask_usage, wished=known.wished)
-            request = ask.request
-            if request.request_id:
-                request_id = self._ids.take(request.request_id.encode())
-            request.request_id = request_id
+            fields: RequestFields = ask.request
+            if fields.request_id:
+                request_id = self._ids.take(fields.request_id.encode())
+            fields.request_id = request_id
             pinned = None
             if ask.previous_response_id is not None and endpoint.responses:
-                pinned = self.homes.find_previous(ask.previous_response_id, request.model_name or "")
+                pinned = self.homes.find_previous(ask.previous_response_id, fields.model_name or "")
         except ControlPlaneError as error:
             self.turn_away(exchange, endpoint, request_id, headers, error)
             return
@@ -93,7 +94,7 @@ class Relay:
             ((b"x-request-id", id_bytes), *known.forwarded),
             b"x-request-id: %b\r\n%b" % (id_bytes, known.lines),
         )
-        self.accept(request, wire, sink, endpoint.kind, pinned)
+        self.accept(ask.request, wire, sink, endpoint.kind, pinned)
         if ask.stream and self._settings.queue_keepalive_s is not None:
             keep_waiting(sink, self._settings.queue_keepalive_s)
 
@@ -122,8 +123,9 @@ class Relay:
     def accept(self, request: RequestMetadata, wire: WireRequest, sink: ClientSink, kind: RequestKind, pinned: str | None) -> None:
         """Hand it to the manager; a refusal goes to ``sink``."""
         self.open.add(sink)
+        fields: RequestFields = request
         try:
-            job = self._lifecycle.accept(request, wire, sink, kind=kind, model=request.model_name, pinned=pinned)
+            job = self._lifecycle.accept(request, wire, sink, kind=kind, model=fields.model_name, pinned=pinned)
         except ControlPlaneError as error:
             self.refused[error.code] += 1
             sink.failed(error)
