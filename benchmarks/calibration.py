@@ -397,6 +397,14 @@ def markdown(report: Report) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(out: Path, report: Report) -> str:
+    """What there is so far: half an hour of measuring is not lost with its last minute."""
+    (out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
+    text = markdown(report)
+    (out / "report.md").write_text(text)
+    return text
+
+
 def main() -> int:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--out", type=Path, default=ROOT / "build" / "calibration")
@@ -422,16 +430,16 @@ def main() -> int:
             model = Model(path)
             if "workloads" in parts:
                 check_workloads(server, model, given.repeats, given.duration_s, report)
+                write(given.out, report)
             if "behaviours" in parts:
                 check_behaviours(given.out, server, model, report)
+                write(given.out, report)
     if "settings" in parts:
         check_settings(given.out, Model(path), max(2, given.repeats - 1), given.duration_s, report)
+        write(given.out, report)
     if "policies" in parts:
         check_policies(given.out, path, Model(path), max(2, given.repeats - 1), given.duration_s, report)
-    (given.out / "report.json").write_text(json.dumps(asdict(report), indent=2) + "\n")
-    text = markdown(report)
-    (given.out / "report.md").write_text(text)
-    print(text)
+    print(write(given.out, report))
     met = all(row["met"] for rows in (report.behaviours, report.settings) for row in rows)
     return 0 if met and all(row["met"] for workload in report.workloads for row in workload["rows"]) else 1
 

@@ -84,24 +84,27 @@ async def preemptions(load: Load, seed: object, prompt_tokens: int, output_token
 
 async def order_by_priority(load: Load, seed: object, at_once: int) -> list[int]:
     """Priorities in the order in which they came to their first token, on a server that was full when they were sent."""
-    full = [load.start(ids((seed, "full", place), 16), 150) for place in range(at_once)]
-    for stream in full:
-        await stream.tokens(2)
+    full = [load.start(ids((seed, "full", place), 16), 400) for place in range(at_once)]
     sent: list[tuple[int, Stream]] = []
-    for place, priority in enumerate((5, 9, 1, 7, 3)):
-        sent.append((priority, load.start(ids((seed, place), 16), 150, priority=priority)))
-        await asyncio.sleep(0.02)
-    await asyncio.sleep(0.1)
-    # one after another lets one in
-    for stream in full:
-        stream.cancel()
-        await asyncio.sleep(0.05)
-    for _, stream in sent:
-        await stream.tokens(1)
-    order = [priority for priority, stream in sorted(sent, key=lambda one: one[1].token_s[0])]
-    for _, stream in sent:
-        stream.cancel()
-    return order
+    try:
+        for stream in full:
+            await stream.tokens(2)
+        for place, priority in enumerate((5, 9, 1, 7, 3)):
+            sent.append((priority, load.start(ids((seed, place), 16), 150, priority=priority)))
+        while (await counters(load)).waiting < len(sent):
+            await asyncio.sleep(0.01)
+        # one after another lets one in
+        for stream in full:
+            begun = sum(bool(one.token_s) for _, one in sent)
+            stream.cancel()
+            while sum(bool(one.token_s) for _, one in sent) <= begun:
+                await asyncio.sleep(0.005)
+        for _, stream in sent:
+            await stream.tokens(1)
+        return [priority for priority, stream in sorted(sent, key=lambda one: one[1].token_s[0])]
+    finally:
+        for stream in [*full, *(stream for _, stream in sent)]:
+            stream.cancel()
 
 
 async def cancelled(load: Load, seed: object, count: int) -> tuple[float, float, float]:
