@@ -85,7 +85,9 @@ class Line:
 
     def _solve(self) -> None:
         level = self._mean_y / (self._prior_fixed + self._prior_slope * self._mean_x)
-        slope = max(0.0, (self._cov + self._ridge * self._prior_slope * level) / (self._var + self._ridge))
+        # a few samples, each with its own luck, say little of a slope: the prior's weighs the more the fewer there are
+        ridge = self._ridge * max(1.0, MEMORY_SAMPLES / self.samples)
+        slope = max(0.0, (self._cov + ridge * self._prior_slope * level) / (self._var + ridge))
         fixed = self._mean_y - slope * self._mean_x
         if fixed < 0.0:
             fixed, slope = 0.0, self._mean_y / self._mean_x

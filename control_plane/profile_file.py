@@ -10,6 +10,8 @@
     max_num_seqs: 256
     max_num_batched_tokens: 8192
     max_model_len_tokens: 8192
+    request_s: 0.004                # beside the steps: of a request, and of each of its prompt tokens (HTTP, hand-over)
+    prompt_token_s: 1.0e-6
     step_time: {overhead_s: 0.004, prefill_token_s: 2.6e-5, decode_sequence_s: 1.2e-5, decode_context_s: 6.0e-9}
     measured: {...}                 # notes of whoever measured; not looked at
 """
@@ -35,8 +37,10 @@ VERSION: Final = 1
 #: more is no profile
 MAX_BYTES: Final = 1 << 20
 _LIMITS: Final = ("block_size_tokens", "kv_block_count", "max_num_seqs", "max_num_batched_tokens", "max_model_len_tokens")
+_BESIDE: Final = ("request_s", "prompt_token_s")
 _KEYS: Final = (
-    "version", "name", "base", "gpu", "model", "tensor_parallel_size", "pipeline_parallel_size", *_LIMITS, "step_time", "measured",
+    "version", "name", "base", "gpu", "model", "tensor_parallel_size", "pipeline_parallel_size", *_LIMITS, *_BESIDE,
+    "step_time", "measured",
 )  # fmt: skip
 #: stands for hardware of which a file says nothing: all that counts of it was measured
 MEASURED: Final = GpuSpec("measured", 1.0, 1.0, 1.0, 1.0)
@@ -51,6 +55,7 @@ class ProfileFile:
         base: a catalogue profile, for all that is not said here.
         gpu, model: without a base. A model alone will do where ``step_time`` and ``kv_block_count`` are given.
         step_time: replaces the roofline.
+        request_s, prompt_token_s: what a request costs beside the engine's steps, in itself and for each token of its prompt.
         measured: how and when; for people.
     """
 
@@ -65,6 +70,8 @@ class ProfileFile:
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     max_model_len_tokens: int | None = None
+    request_s: float | None = None
+    prompt_token_s: float | None = None
     step_time: FittedStep | None = None
     measured: dict[str, Any] = field(default_factory=dict)
 
@@ -129,6 +136,11 @@ def _read(path: str, told: dict[str, Any]) -> ProfileFile:
         value = told.get(key)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise InvalidRequest(f"{key} {value!r} is not a whole number above 0", param="profile")
+        values[key] = value
+    for key in _BESIDE:
+        value = told.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value < 1e3):
+            raise InvalidRequest(f"{key} {value!r} is not a number of seconds, 0 or more", param="profile")
         values[key] = value
     if "step_time" in told:
         values["step_time"] = FittedStep.from_dict(told["step_time"])

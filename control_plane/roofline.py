@@ -96,6 +96,8 @@ class EngineProfile:
         step_overhead_s: seconds of a step that do not depend on its tokens, beside those of the layers.
         max_model_len_tokens: longest context served; 0: the model's own, or what the KV cache holds if that is less.
         kv_block_count_override: KV blocks, where the engine told them (vLLM's ``num_gpu_blocks``); None: reckoned.
+        request_s, prompt_token_s: what a request costs beside the engine's steps (HTTP, hand-over), in itself and for each token of its
+            prompt; measured, 0 in the catalogue.
         fitted: step times that were measured; they replace the roofline.
         cost: worked out from the rest.
     """
@@ -114,6 +116,8 @@ class EngineProfile:
     step_overhead_s: float = STEP_OVERHEAD_S
     max_model_len_tokens: int = 0
     kv_block_count_override: int | None = None
+    request_s: float = 0.0
+    prompt_token_s: float = 0.0
     fitted: FittedStep | None = None
     cost: StepCost = field(init=False, repr=False, compare=False)
 
@@ -325,6 +329,8 @@ def _of_file(path: str, told: ProfileFile) -> EngineProfile:
         "kv_block_count_override": told.kv_block_count,
         "max_num_seqs": told.max_num_seqs,
         "max_num_batched_tokens": told.max_num_batched_tokens,
+        "request_s": told.request_s,
+        "prompt_token_s": told.prompt_token_s,
         "fitted": told.step_time,
     }
     given: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}

@@ -165,6 +165,40 @@ def sim_engine(
     )
 
 
+@app.command("calibrate")
+def calibrate_server(
+    engine: Annotated[str, typer.Option("--engine", metavar="URL", help="The server to measure; it must be idle.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The profile to write (.yaml).")],
+    name: Annotated[str | None, typer.Option(help="The profile's name; the file's when left out.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Which of its models; the first when left out.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="PROFILE", help="Catalogue profile for sizes and prices: h100-llama3-8b.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="CONTROL_PLANE_ENGINE_API_KEY", help="Key of the server.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer points, one round: a first look.")] = False,
+    rounds: Annotated[int, typer.Option(parser=_number(1, 100), help="How often each point is measured; the median counts.")] = 5,
+    budget_s: Annotated[float, typer.Option(parser=_number(1, 86_400, whole=False), help="No point is begun after so long.")] = 900.0,
+    max_concurrency: Annotated[int, typer.Option(parser=_number(1, 4_096), help="Requests at once, at most.")] = 32,
+    max_num_seqs: Annotated[int | None, typer.Option(parser=_number(1, 2**20), help="The server's flag, where it is known.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(parser=_number(1, 2**24), help="Likewise.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(parser=_number(2, 2**31), help="Likewise, where /v1/models tells none.")] = None,
+    block_size: Annotated[int | None, typer.Option(parser=_number(1, 2**20), help="KV block, where /metrics tells none.")] = None,
+    kv_blocks: Annotated[int | None, typer.Option(parser=_number(1, 2**31), help="KV blocks, likewise.")] = None,
+    seed: Annotated[int | None, typer.Option(parser=_number(0, 2**63), help="Of the prompts; drawn when left out.")] = None,
+) -> None:
+    """Measure a real server with a bounded load and write a profile for the simulator and sim-engine."""
+    from control_plane.calibration import Given, Options, run_calibrate
+
+    given = Given(
+        model=model,
+        max_model_len_tokens=max_model_len,
+        block_size_tokens=block_size,
+        kv_block_count=kv_blocks,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )
+    options = Options(given=given, rounds=1 if quick else rounds, quick=quick, budget_s=budget_s, seed=seed)
+    raise typer.Exit(run_calibrate(engine, out, most=max_concurrency, api_key=api_key, name=name, base=base, options=options))
+
+
 @app.command()
 def demo(
     duration_s: Annotated[float, typer.Option(parser=_number(2, 3_600, whole=False), help="How long the load runs.")] = 30.0,
@@ -176,6 +210,84 @@ def demo(
     from control_plane.demo import run_demo
 
     raise typer.Exit(run_demo(duration_s=duration_s, seed=seed, keep=keep, port=port))
+
+
+@app.command()
+def compare(
+    trace: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME_OR_FILE",
+            help="A trace (azure_code, azure_conv, mooncake_conversation), its file, or a generator such as poisson:rate_rps=20.",
+        ),
+    ],
+    fleet: Annotated[str, typer.Option(metavar="COUNTxPROFILE[:ROLE],...", help="Such as 8xh100-llama3-8b.")],
+    scheduling_policies: Annotated[str, typer.Option(metavar="NAME,...", help="Orders of the queue, or module:Class.")] = "adaptive",
+    routing_strategies: Annotated[
+        str, typer.Option(metavar="NAME,...", help="Choices of the instance, or module:Class.")
+    ] = "load_balanced",
+    rates: Annotated[
+        str, typer.Option(metavar="RATE,...", help="Shares of the fleet's capacity, or requests a second such as 20rps.")
+    ] = "0.5,0.8,1.0,1.2",
+    seeds: Annotated[int, typer.Option(parser=_number(1, 1_000), help="How many.")] = 5,
+    duration_s: Annotated[
+        float,
+        typer.Option(
+            parser=_number(0, 1e7, whole=False), help="Virtual seconds judged, at least 300; 0: 300, or ten times the p90 end-to-end time."
+        ),
+    ] = 0.0,
+    warmup_s: Annotated[float, typer.Option(parser=_number(0, 1e6, whole=False), help="Virtual seconds before that.")] = 60.0,
+    slo: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CLASS=ttft:MS,tpot:MS[,e2e:MS][,share:X][,priority:P];...", help="Targets by class.  [default: docs/SIMULATION.md]"
+        ),
+    ] = None,
+    engine_scheduling: Annotated[str, typer.Option(help="fcfs or priority, as vLLM's --scheduling-policy.")] = "fcfs",
+    prefix_caching: Annotated[bool, typer.Option("--prefix-caching/--no-prefix-caching", help="Of the engines.")] = True,
+    delay_ms: Annotated[
+        float, typer.Option(parser=_number(0, 10_000, whole=False), help="From the control plane to an engine's scheduler and back.")
+    ] = 1.0,
+    jitter: Annotated[float, typer.Option(parser=_number(0, 1, whole=False), help="Sigma of the lognormal noise on step times.")] = 0.02,
+    capacity_rps: Annotated[
+        float, typer.Option(parser=_number(0, 1e7, whole=False), help="The fleet's capacity; 0: find it by bisection, once.")
+    ] = 0.0,
+    fresh_capacity: Annotated[bool, typer.Option("--fresh-capacity", help="Find it again, although it was found before.")] = False,
+    jobs: Annotated[int | None, typer.Option(parser=_number(1, 1_024), help="Processes.  [default: one for each core]")] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="FILE", help="Keep results there as they come, and take up what is there.")] = None,
+    json_file: Json = None,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write one self-contained page.")] = None,
+) -> None:
+    """Policies and routers side by side on a trace, in simulation: the control plane as it serves, over engines that are models."""
+    from control_plane.cli.compare import run_compare
+    from control_plane.simulator.compare import Comparison
+    from control_plane.simulator.slo import DEFAULT_SLO
+
+    asked = Comparison(
+        trace=trace,
+        fleet=fleet,
+        scheduling_policies=_names(scheduling_policies, "scheduling_policies"),
+        routing_strategies=_names(routing_strategies, "routing_strategies"),
+        rates=_names(rates, "rates"),
+        seeds=seeds,
+        duration_s=duration_s,
+        warmup_s=warmup_s,
+        slo=slo or DEFAULT_SLO,
+        engine_scheduling=engine_scheduling,
+        prefix_caching=prefix_caching,
+        delay_ms=delay_ms,
+        jitter=jitter,
+        capacity_rps=capacity_rps,
+    )
+    raise typer.Exit(run_compare(asked, json_file=json_file, html_file=html, resume=resume, processes=jobs, fresh_capacity=fresh_capacity))
+
+
+def _names(text: str, option: str) -> tuple[str, ...]:
+    """Comma-separated, each once. Raises InvalidRequest for none."""
+    found = tuple(dict.fromkeys(filter(None, (name.strip() for name in text.split(",")))))
+    if not found:
+        raise InvalidRequest(f"{option} {text!r} names none", param=option)
+    return found
 
 
 @app.command()
@@ -241,6 +353,23 @@ def top(
 ) -> None:
     """A running gateway at a glance, renewed until Ctrl-C."""
     _operate("top", url, admin_key, interval_s=interval_s, count=count)
+
+
+@app.command()
+def record(
+    out: Annotated[str, typer.Option("--out", metavar="FILE", help="The trace; `-` is standard output.")],
+    url: Url = DEFAULT_URL,
+    admin_key: AdminKey = None,
+    duration_s: Annotated[
+        float | None, typer.Option(parser=_number(1, 1e8, whole=False), help="How long; until Ctrl-C when left out.")
+    ] = None,
+) -> None:
+    """A running gateway's traffic as a trace, without its texts: lengths, times, classes and keyed hashes of prompts' beginnings."""
+    from control_plane.cli import operate
+    from control_plane.cli.record import record as run
+
+    with closing(operate.AdminClient(url, admin_key)) as client:
+        run(client, out, duration_s)
 
 
 def _operate(command: str, url: str, admin_key: str | None, **arguments: Any) -> None:

@@ -18,6 +18,8 @@ from control_plane.types import ExecutionInstance, Leg, RequestMetadata, Usage
 
 #: a unary answer up to this size is held until it is whole, so that an engine that dies in the middle can be replaced unseen
 UNARY_HOLD_BYTES = 1024 * 1024
+#: longer bodies are let go of when the answer begins, others at its end
+LET_GO_BYTES: Final = 16_384
 #: tokens of a stream are told so many at a time, after the first
 TOKENS_TOLD: Final = 32
 #: how many shapes of chunks are learned of one stream
@@ -317,6 +319,9 @@ class EngineAnswer:
 
     def _begin(self) -> None:
         self._started = True
+        call = self._call
+        if len(self._wire.body) > LET_GO_BYTES and call is not None and call.written:
+            self._wire.body = b""  # a stream may go on for minutes, and nothing is sent again
         self._sink.started(self.status, self.headers, self)
 
     def _cut_by_error(self, whole: bytes, body: bytes) -> None:

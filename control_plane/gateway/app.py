@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
 
+from control_plane.body_memory import BodyMemory
 from control_plane.errors import ControlPlaneError, Draining, NoInstanceAvailable, OutOfDescriptors
 from control_plane.gateway.access_log import AccessLog
 from control_plane.gateway.admin import make_admin_app
@@ -17,6 +18,7 @@ from control_plane.gateway.descriptors import DescriptorWatch, for_clients, rais
 from control_plane.gateway.endpoints import ENDPOINTS, GENERIC, in_anthropic_api, leads_up
 from control_plane.gateway.guard import AdminGuard
 from control_plane.gateway.model_list import find_card, model_list
+from control_plane.gateway.recording import Recorder
 from control_plane.gateway.relay import Relay
 from control_plane.gateway.replies import (
     JSON,
@@ -67,7 +69,7 @@ class Gateway:
     ) -> None:
         self.manager = manager
         self.settings = settings or GatewaySettings()
-        self._limits = _server_limits(limits or ServerLimits(), self.settings)
+        self._limits = _server_limits(limits or ServerLimits(), self.settings, manager.body_memory)
         self._log = AccessLog(manager.clock, manager.events, self.settings.access_log_path) if self.settings.access_log else None
         self.relay = Relay(manager, self.settings, self._log, max_open=self.settings.max_streams or streams_that_fit(1024))
         self._created = int(manager.clock.utc(manager.clock.now_s()).timestamp())
@@ -75,7 +77,8 @@ class Gateway:
         self._pages: dict[str, Page] = {"/health": self._health, "/ready": self._ready, "/v1/models": self._models}
         if metrics is not None:
             self._pages["/metrics"] = self._show_metrics
-        self._admin_app = make_admin_app(manager, self.settings, config)
+        self._recorder = Recorder(self.relay, manager.clock)
+        self._admin_app = make_admin_app(manager, self.settings, config, self._recorder)
         self._admin_calls: set[asyncio.Task[None]] = set()
         self._guard: AdminGuard | None = None
         self._admin_guard: AdminGuard | None = None
@@ -96,6 +99,7 @@ class Gateway:
         spare = reserved(descriptors)
         limits = replace(self._limits, max_descriptor=self._limits.max_descriptor or for_clients(descriptors))
         tls = self.settings.tls_context()
+        memory = self.manager.body_memory
         self.relay.draining = False
         if admin_port is None:
             self._guard = AdminGuard(self.settings.admin_key, own_listener=False, listen_host=host)
@@ -104,9 +108,9 @@ class Gateway:
             self._admin_guard = AdminGuard(self.settings.admin_key, own_listener=True, listen_host=listen_host)
             # whoever operates it gets in where clients do not any more
             admin_limits = replace(limits, max_descriptor=descriptors - spare // 2)
-            self._admin_server = HttpServer(self.handle_admin, limits=admin_limits, ssl=tls, refuse=self._refuse)
+            self._admin_server = HttpServer(self.handle_admin, limits=admin_limits, ssl=tls, refuse=self._refuse, memory=memory)
             await self._admin_server.start(listen_host, admin_port)
-        self._server = HttpServer(self.handle, limits=limits, ssl=tls, refuse=self._refuse)
+        self._server = HttpServer(self.handle, limits=limits, ssl=tls, refuse=self._refuse, memory=memory)
         try:
             await self._server.start(host, port)
         except BaseException:
@@ -123,6 +127,7 @@ class Gateway:
             self._watch.close()
         if self._server is not None:
             await self.relay.drain(grace_s)
+        self._recorder.close()
         for server in (self._server, self._admin_server):
             if server is not None:
                 await server.stop(min(grace_s, 1.0))
@@ -268,9 +273,14 @@ class Gateway:
         guard.check(exchange)
         if len(self._admin_calls) >= MAX_ADMIN_CALLS:
             raise TooManyStreams(f"{MAX_ADMIN_CALLS} admin requests are open.")
+        memory, size = self.manager.body_memory, len(exchange.body)
+        if not memory.fits(size):
+            raise memory.full(size)
+        memory.take(size)
         task = asyncio.get_running_loop().create_task(self._serve_admin(exchange))
         self._admin_calls.add(task)
         task.add_done_callback(self._admin_calls.discard)
+        task.add_done_callback(lambda _: memory.give_back(size))
 
     async def _serve_admin(self, exchange: Exchange) -> None:
         request_id = self.relay.take_id(dict(exchange.headers))
@@ -308,8 +318,9 @@ def _elapsed_ms(exchange: Exchange) -> float:
     return round((asyncio.get_running_loop().time() - exchange.received_s) * 1000.0, 1)
 
 
-def _server_limits(limits: ServerLimits, settings: GatewaySettings) -> ServerLimits:
-    return replace(limits, max_body_bytes=settings.max_body_bytes, max_header_bytes=settings.max_header_bytes)
+def _server_limits(limits: ServerLimits, settings: GatewaySettings, memory: BodyMemory) -> ServerLimits:
+    # what alone holds more than all may is too large, and no later try would help
+    return replace(limits, max_body_bytes=min(settings.max_body_bytes, memory.max_bytes), max_header_bytes=settings.max_header_bytes)
 
 
 def _started(server: HttpServer | None) -> HttpServer:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from control_plane.errors import ControlPlaneError, Draining, InvalidRequest
 from control_plane.gateway.access_line import Line
@@ -40,6 +40,7 @@ class Relay:
         max_open: the next request beyond it is refused with 503.
         draining: no new requests.
         refused: requests turned away by code, whoever turned them away.
+        on_end: hears of every answer's end and its status while somebody records, else None.
     """
 
     def __init__(self, manager: ControlPlaneManager, settings: GatewaySettings, log: AccessLog | None, *, max_open: int) -> None:
@@ -52,6 +53,7 @@ class Relay:
         self.draining = False
         self.idle = asyncio.Event()
         self.refused: Counter[str] = Counter()
+        self.on_end: Callable[[ClientSink, int], None] | None = None
         self._settings = settings
         self._keys = ClientKeys(settings.api_keys)
         self._has_keys = bool(self._keys)
@@ -125,6 +127,7 @@ class Relay:
         stream = b"stream=true" in exchange.query
         forwarded = ((b"x-request-id", request_id.encode()), *known.forwarded)
         wire = WireRequest(known.target, exchange.body, stream, method=exchange.method, headers=forwarded)
+        exchange.body = b""  # the wire request holds it, and lets go of it at the end
         sink = ClientSink(exchange, ANY, request_id, self, stream=stream, extra_headers=known.cors)
         sink.gone = gone(response_id, instance.instance_id, "response_id")
         self._accept(request, wire, sink, RequestKind.ANY, instance.instance_id)
@@ -224,6 +227,8 @@ class Relay:
         self.open.discard(sink)
         if self._log is not None:
             self._note(self._log, sink, status, code)
+        if self.on_end is not None:
+            self.on_end(sink, status)
         if self.draining and not self.open:
             self.idle.set()
 

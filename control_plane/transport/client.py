@@ -99,6 +99,11 @@ class ClientCall:
         """An answer has begun, so the request is not sent again: its bytes need not be kept."""
         self.head = self.body = b""
 
+    @property
+    def written(self) -> bool:
+        """The kernel has all of the request, so that no buffer of ours holds on to it."""
+        return self.connection is not None and not self.connection.transport.get_write_buffer_size()
+
     def may_retry(self) -> bool:
         """True once: a kept connection may have been closed by the engine while the request was on its way."""
         first, self._retried = not self._retried, True

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, cast
 
 from control_plane.transport.exchange import Exchange
 from control_plane.transport.request_head import Refused, RequestHead
-from control_plane.transport.request_reader import BETWEEN, IN_HEAD, RequestReader
+from control_plane.transport.request_reader import BETWEEN, IN_HEAD, RequestReader, no_memory
 from control_plane.transport.wheel import NEVER_S, Deadline
 from control_plane.transport.wire import CONTINUE
 
@@ -153,7 +153,7 @@ class ServerConnection(asyncio.Protocol):
         self._state = _CLOSING
         self._deadline.close()
         self._reader.close()
-        self._pending.clear()
+        self._drop_pending()
         exchange = self._exchange
         if exchange is not None:
             self._end_exchange()
@@ -170,6 +170,12 @@ class ServerConnection(asyncio.Protocol):
         if self._exchange is None and not self._pending and not self._paused_writing:
             self._run(exchange)
             return
+        memory = self._server.receiving.memory
+        if not memory.fits(len(body)):
+            refused = no_memory(memory, len(body))
+            refused.method, refused.target, refused.headers = head.method, head.target, head.headers
+            raise refused
+        memory.take(len(body))
         self._pending.append(exchange)
         if len(self._pending) >= self._limits.max_pipelined:
             exchange.keep_alive = False
@@ -245,7 +251,9 @@ class ServerConnection(asyncio.Protocol):
         if self._paused_writing:
             self._deadline.set(self._time() + self._limits.write_timeout_s)
         elif self._pending:
-            self._run(self._pending.pop(0))
+            exchange = self._pending.pop(0)
+            self._server.receiving.memory.give_back(len(exchange.body))
+            self._run(exchange)
         elif self._refused is not None:
             self._refuse(self._refused)
         elif self._eof:
@@ -301,7 +309,7 @@ class ServerConnection(asyncio.Protocol):
 
     def _linger(self) -> None:
         self._reader.stop()
-        self._pending.clear()
+        self._drop_pending()
         self._state = _LINGERING
         self._deadline.set(self._time() + self._limits.linger_s)
         if self.transport.can_write_eof():
@@ -312,6 +320,11 @@ class ServerConnection(asyncio.Protocol):
         if self._paused_reading:
             self._paused_reading = False
             self.transport.resume_reading()
+
+    def _drop_pending(self) -> None:
+        for exchange in self._pending:
+            self._server.receiving.memory.give_back(len(exchange.body))
+        self._pending.clear()
 
     def _discard(self, size: int) -> None:
         self._linger_bytes -= size

@@ -9,6 +9,7 @@ import ssl as tls
 from collections.abc import Callable
 from typing import Any, Final
 
+from control_plane.body_memory import BodyMemory
 from control_plane.protocols import Headers
 from control_plane.transport.connection import ServerConnection
 from control_plane.transport.exchange import Exchange
@@ -42,10 +43,11 @@ class HttpServer:
         ssl: tls.SSLContext | None = None,
         refuse: Refuse | None = None,
         wheel: TimerWheel | None = None,
+        memory: BodyMemory | None = None,
     ) -> None:
-        """``refuse`` None: refusals have OpenAI's shape. ``wheel`` None: one of its own."""
+        """``refuse`` None: refusals have OpenAI's shape. ``wheel`` and ``memory`` (for bodies) None: one of its own."""
         self.limits = limits or ServerLimits()
-        self.receiving = Receiving()
+        self.receiving = Receiving(memory)
         self.open_exchanges = 0
         #: connections refused because descriptors were short
         self.turned_away = 0

@@ -192,3 +192,17 @@ def test_whatever_is_observed_a_line_stays_finite_and_never_falls(samples: list[
         line.observe(x, y)
 
     assert 0.0 <= line.at(0) <= line.at(1000) < math.inf
+
+
+def test_a_few_samples_with_luck_of_their_own_do_not_flatten_a_line() -> None:
+    """Flat, an instance looks the cheaper the more it is given: a simulated fleet sent one of its engines three times the others' load."""
+    line = Line(5.0, 0.02, 540.0)
+    for tokens, ms in ((2000, 30.0), (1000, 50.0), (400, 60.0)):
+        line.observe(tokens, ms)
+
+    assert line.slope > 0.01
+
+    for _ in range(20):  # what goes on and on is believed
+        for tokens, ms in ((2000, 45.0), (1000, 45.0), (400, 45.0)):
+            line.observe(tokens, ms)
+    assert line.slope < 0.005
