@@ -19,6 +19,7 @@ from control_plane.prediction import prior_of
 from control_plane.profile_file import ProfileFile, load
 from control_plane.roofline import EngineProfile, decode_step_s, prefill_s, profile, step_s
 from control_plane.sim_engine.engine import SimEngine
+from control_plane.simulator.fleet_spec import parse_fleet
 from control_plane.types import ExecutionInstance
 
 TRUE = FittedStep(
@@ -194,6 +195,14 @@ def test_prior_simulated_engine_and_model_take_it(tmp_path: Path) -> None:
     run = model.plan(0.0)
     assert run is not None
     assert run.end_s == pytest.approx(prefill_s(profile(path), 100))
+
+
+def test_a_fleet_may_be_of_measured_engines(tmp_path: Path) -> None:
+    fleet = parse_fleet(f"2x{write(tmp_path / 'server.yaml', CALIBRATED)}")
+    for instance, of in fleet.instances():
+        assert of.fitted == CALIBRATED.step_time
+        assert instance.profile
+        assert profile(instance.profile) == of
 
 
 def test_fitted_may_also_be_handed_to_the_model() -> None:
