@@ -114,6 +114,17 @@ def real_engine(out: Path, label: str, *flags: str) -> Iterator[VllmServer]:
         server.kill()
 
 
+def before_others() -> str:
+    """This client reads each token when it comes: on a core that a vLLM process spins on (``sched_yield`` while it waits for its worker),
+    Linux 6.18 lets a process of another session wait for hundreds of milliseconds. It takes a few percent of the core."""
+    try:
+        # children (the servers) do not inherit it
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+    except (AttributeError, PermissionError):
+        return "client at ordinary priority: it may have waited for its core"
+    return "client at real-time priority"
+
+
 def say(line: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {line}", flush=True)
 
@@ -150,14 +161,15 @@ def calibrate_into(path: Path, server: VllmServer, rounds: int, report: Report) 
 # ---------------------------------------------------------------------- workloads
 
 
-def replaying(asks: list[replays.Ask], seed: int) -> Work[list[Stream]]:
-    return lambda load: replays.replay(load, asks, behaviours.POOL, seed)
+def replaying(asks: list[replays.Ask]) -> Work[list[Stream]]:
+    """With prompts that no run before had: its cache is not to know them."""
+    return lambda load: replays.replay(load, asks, behaviours.POOL, time.time_ns())
 
 
 def saturation_rps(model: Model) -> float:
     """Requests a second of the azure mix that the model finishes when it never waits for one."""
     asks = [replace(ask, at_s=0.0) for ask in replays.poisson(10.0, 40.0, 99)]
-    streams = model.run(replaying(asks, 99))
+    streams = model.run(replaying(asks))
     return len(asks) / max(stream.ended_s for stream in streams)
 
 
@@ -183,12 +195,12 @@ def check_workloads(server: VllmServer, model: Model, repeats: int, duration_s: 
     for repeat in range(repeats):
         for name, asks in chosen.items():
             before = _cpu_times(server)
-            streams = on_real(server.url, replaying(asks, 1_000 + repeat))
+            streams = on_real(server.url, replaying(asks))
             real[name].append(replays.figures(streams))
             others[name].append(_others(before, _cpu_times(server)))
             say(f"run {repeat + 1} of {repeats}, {name}: " + ", ".join(f"{key} {value:.1f}" for key, value in real[name][-1].items()))
     for name, asks in chosen.items():
-        streams = model.run(replaying(asks, 1))
+        streams = model.run(replaying(asks))
         rows = replays.compare(real[name], replays.figures(streams))
         report.workloads.append(
             {
@@ -309,13 +321,13 @@ def check_settings(out: Path, model: Model, repeats: int, duration_s: float, rep
     for arm in arms:
         here = {key: asks for key, (of, asks) in wanted.items() if of is arm}
         with real_engine(out, arm.name.replace(" ", "_"), *arm.flags) as server:
-            on_real(server.url, replaying(replays.poisson(4.0, 5.0, 5), 5))
-            for repeat in range(repeats):
+            on_real(server.url, replaying(replays.poisson(4.0, 5.0, 5)))
+            for _ in range(repeats):
                 for key, asks in here.items():
-                    real.setdefault(key, []).append(_by_class(asks, on_real(server.url, replaying(asks, 2_000 + repeat))))
+                    real.setdefault(key, []).append(_by_class(asks, on_real(server.url, replaying(asks))))
                     say(f"{key}: " + ", ".join(f"{name} {value:.0f}" for name, value in real[key][-1].items()))
         for key, asks in here.items():
-            modelled[key] = _by_class(asks, model.run(replaying(asks, 3), **arm.model))
+            modelled[key] = _by_class(asks, model.run(replaying(asks), **arm.model))
     for one, other, name, _ in pairs:
         report.settings += _ordered(one.name, other.name, name, real, modelled)
 
@@ -329,13 +341,13 @@ def check_policies(out: Path, path: Path, model: Model, repeats: int, duration_s
     real: dict[tuple[str, str], list[dict[str, float]]] = {}
     modelled: dict[tuple[str, str], dict[str, float]] = {}
     with real_engine(out, "behind_gateway", "--max-num-seqs", str(seqs)) as server:
-        on_real(server.url, replaying(replays.poisson(4.0, 5.0, 5), 5))
-        for repeat in range(repeats):
+        on_real(server.url, replaying(replays.poisson(4.0, 5.0, 5)))
+        for _ in range(repeats):
             for policy in policies:
                 with gateway_replay.gateway(server.url, policy, out / f"gateway_{policy}.log", OTHERS_CORE) as url:
                     # it finds out how much the engine takes at once before it is judged
-                    on_real(url, replaying(replays.poisson(20.0, 4.0, 6), repeat))
-                    streams = on_real(url, replaying(asks, 3_000 + repeat))
+                    on_real(url, replaying(replays.poisson(20.0, 4.0, 6)))
+                    streams = on_real(url, replaying(asks))
                 real.setdefault((policy, "two classes"), []).append(_by_class(asks, streams))
                 say(f"{policy}: " + ", ".join(f"{name} {value:.0f}" for name, value in real[policy, "two classes"][-1].items()))
     for policy in policies:
@@ -420,7 +432,7 @@ def main() -> int:
     report = Report(
         at=datetime.now(UTC).isoformat(timespec="minutes"),
         command="python benchmarks/calibration.py " + " ".join(sys.argv[1:]),
-        machine=f"{os.cpu_count()} cores, load before it {os.getloadavg()[0]:.2f}",
+        machine=f"{os.cpu_count()} cores, load before it {os.getloadavg()[0]:.2f}, {before_others()}",
     )
     path = given.profile or given.out / "vllm-cpu.yaml"
     if not given.profile or {"workloads", "behaviours"} & set(parts):

@@ -11,6 +11,7 @@
     max_num_batched_tokens: 8192
     max_model_len_tokens: 8192
     request_s: 0.004                # beside the steps: of a request, and of each of its prompt tokens (HTTP, hand-over)
+    request_serial_s: 0.002         # the part of it that is done for one request after another
     prompt_token_s: 1.0e-6
     step_time: {overhead_s: 0.004, prefill_token_s: 2.6e-5, decode_sequence_s: 1.2e-5, decode_context_s: 6.0e-9}
     measured: {...}                 # notes of whoever measured; not looked at
@@ -37,7 +38,7 @@ VERSION: Final = 1
 #: more is no profile
 MAX_BYTES: Final = 1 << 20
 _LIMITS: Final = ("block_size_tokens", "kv_block_count", "max_num_seqs", "max_num_batched_tokens", "max_model_len_tokens")
-_BESIDE: Final = ("request_s", "prompt_token_s")
+_BESIDE: Final = ("request_s", "request_serial_s", "prompt_token_s")
 _KEYS: Final = (
     "version", "name", "base", "gpu", "model", "tensor_parallel_size", "pipeline_parallel_size", *_LIMITS, *_BESIDE,
     "step_time", "measured",
@@ -56,6 +57,7 @@ class ProfileFile:
         gpu, model: without a base. A model alone will do where ``step_time`` and ``kv_block_count`` are given.
         step_time: replaces the roofline.
         request_s, prompt_token_s: what a request costs beside the engine's steps, in itself and for each token of its prompt.
+        request_serial_s: the part of request_s that is done for one request after another.
         measured: how and when; for people.
     """
 
@@ -71,6 +73,7 @@ class ProfileFile:
     max_num_batched_tokens: int | None = None
     max_model_len_tokens: int | None = None
     request_s: float | None = None
+    request_serial_s: float | None = None
     prompt_token_s: float | None = None
     step_time: FittedStep | None = None
     measured: dict[str, Any] = field(default_factory=dict)

@@ -98,6 +98,7 @@ class EngineProfile:
         kv_block_count_override: KV blocks, where the engine told them (vLLM's ``num_gpu_blocks``); None: reckoned.
         request_s, prompt_token_s: what a request costs beside the engine's steps (HTTP, hand-over), in itself and for each token of its
             prompt; measured, 0 in the catalogue.
+        request_serial_s: the part of request_s that is done for one request after another.
         fitted: step times that were measured; they replace the roofline.
         cost: worked out from the rest.
     """
@@ -117,6 +118,7 @@ class EngineProfile:
     max_model_len_tokens: int = 0
     kv_block_count_override: int | None = None
     request_s: float = 0.0
+    request_serial_s: float = 0.0
     prompt_token_s: float = 0.0
     fitted: FittedStep | None = None
     cost: StepCost = field(init=False, repr=False, compare=False)
@@ -330,6 +332,7 @@ def _of_file(path: str, told: ProfileFile) -> EngineProfile:
         "max_num_seqs": told.max_num_seqs,
         "max_num_batched_tokens": told.max_num_batched_tokens,
         "request_s": told.request_s,
+        "request_serial_s": told.request_serial_s,
         "prompt_token_s": told.prompt_token_s,
         "fitted": told.step_time,
     }

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 from control_plane.calibration.measure import Measured, Readings
@@ -30,19 +30,21 @@ class ServerTime:
     """What a request costs outside of the engine's steps: HTTP, validation, hand-over and back.
 
     Attributes:
-        request_s: of each request, on the way in and out of the first token.
+        request_s: of each request, on the way in and out of the first token, when it is alone.
+        serial_s: the part of it that is done for one request after another: of requests at once, the later ones wait for it.
         prompt_token_s: of each prompt token that comes as an id.
         text_token_s: of each prompt token that comes as text, beside that (the tokenizer).
         chunk_s: of each streamed token: the tokens of a step leave one after another.
     """
 
     request_s: float = 0.0
+    serial_s: float = 0.0
     prompt_token_s: float = 0.0
     text_token_s: float = 0.0
     chunk_s: float = 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        return {name: float(f"{getattr(self, name):.4g}") for name in ("request_s", "prompt_token_s", "text_token_s", "chunk_s")}
+        return {name: float(f"{getattr(self, name):.4g}") for name in (each.name for each in fields(self))}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,7 @@ def fit_readings(readings: Readings, max_num_batched_tokens: int) -> Fitted:
         raise CannotCalibrate(
             f"only {len(windows)} points could be measured{lost}; give more time (--budget-s) or a larger --max-concurrency"
         )
-    step = _fit_step(list(windows.values()))
+    step = _fit_step([*windows.values(), *_alone(chosen, max_num_batched_tokens)])
     server = _fit_server(step, chosen, max_num_batched_tokens)
     rows = tuple(_row(point, found, step, server, max_num_batched_tokens) for point, found in readings.by_point.items())
     return Fitted(step, server, rows)
@@ -105,10 +107,53 @@ def _fit_step(samples: Sequence[Sample]) -> FittedStep:
     line = _robust(samples, ())
     most = max(shape.prefill_tokens + shape.decode_sequences for sample in samples for shape in sample.steps)
     knots = [knot for knot in _KNOTS if knot < most]
-    if len(samples) < 3 * (LEAST_POINTS + len(knots)) or len(knots) < 3:
+    if len(samples) < 2 * (LEAST_POINTS + len(knots)) or len(knots) < 3:
         return line
     bent = _robust(samples, [*knots, int(most)])
     return bent if _middle_error(bent, samples) < _TABLE_PAYS * _middle_error(line, samples) else line
+
+
+def _alone(chosen: dict[Point, Measured], budget_tokens: int) -> Iterator[Sample]:
+    """Prompts alone as steps, without what they cost beside: so what a step with prompts and decoding sequences takes more is told apart
+    from what any step with prompts takes."""
+    beside = _costs_beside(chosen, budget_tokens)
+    if beside is None:
+        return
+    for point, reading in chosen.items():
+        seconds = reading.sample.seconds - beside[0] - reading.prompt_tokens * beside[1]
+        # of a short one most is not the step's
+        if point.kind is Kind.IDLE and seconds > beside[0]:
+            yield Sample(seconds, prompt_shapes(reading.prompt_tokens, budget_tokens))
+
+
+def _costs_beside(chosen: dict[Point, Measured], budget_tokens: int) -> tuple[float, float] | None:
+    """Seconds of a request and of each of its prompt tokens, found together with the steps'. None: no prompt was measured alone."""
+    rows, seconds = [], []
+    for point, reading in chosen.items():
+        alone = point.kind is Kind.IDLE
+        shapes = prompt_shapes(reading.prompt_tokens, budget_tokens) if alone else reading.sample.steps
+        if shapes:
+            steps = [sum(column) for column in zip(*(shape.features() for shape in shapes), strict=True)]
+            rows.append([*steps, float(alone), float(alone * reading.prompt_tokens)])
+            seconds.append(reading.sample.seconds)
+    if not any(row[-2] for row in rows):
+        return None
+    expected, trust = list(seconds), [1.0] * len(seconds)
+    found: list[float] = []
+    for _ in range(_REWEIGHTED):
+        weights = [math.sqrt(share) / each for share, each in zip(trust, expected, strict=True)]
+        scaled = [[weight * value for value in row] for weight, row in zip(weights, rows, strict=True)]
+        found = non_negative_least_squares(scaled, [weight * each for weight, each in zip(weights, seconds, strict=True)])
+        expected = [max(1e-9, sum(a * b for a, b in zip(row, found, strict=True))) for row in rows]
+        trust = _trust(seconds, expected)
+    return found[-2], found[-1]
+
+
+def _trust(seconds: Sequence[float], expected: Sequence[float]) -> list[float]:
+    """Less for what lies far off, by how far most do."""
+    errors = [abs(seen / each - 1.0) for seen, each in zip(seconds, expected, strict=True)]
+    usual = max(2.0 * median(errors), _LEAST_ERROR)
+    return [min(1.0, usual / max(error, 1e-12)) for error in errors]
 
 
 def _robust(samples: Sequence[Sample], knots: Sequence[int]) -> FittedStep:
@@ -122,9 +167,7 @@ def _robust(samples: Sequence[Sample], knots: Sequence[int]) -> FittedStep:
         weights = [math.sqrt(share) / seconds for share, seconds in zip(trust, expected, strict=True)]
         found = fit([_scaled(sample, weight) for sample, weight in zip(samples, weights, strict=True)], knots=knots, relative=False)
         expected = [max(predict(found, sample.steps), 1e-9) for sample in samples]
-        errors = [abs(sample.seconds / seconds - 1.0) for sample, seconds in zip(samples, expected, strict=True)]
-        usual = max(2.0 * median(errors), _LEAST_ERROR)
-        trust = [min(1.0, usual / max(error, 1e-12)) for error in errors]
+        trust = _trust([sample.seconds for sample in samples], expected)
     return found
 
 
@@ -179,13 +222,24 @@ def _fit_server(step: FittedStep, chosen: dict[Point, Measured], budget_tokens: 
             tokens = reading.prompt_tokens
             known_s = request_s + tokens * prompt_token_s + predict(step, prompt_shapes(tokens, budget_tokens))
             texts.append((tokens, (reading.sample.seconds - known_s) / tokens))
+    together = sorted(
+        (point.prompts, reading.sample.seconds - predict(step, [_at_once(point)]))
+        for point, reading in chosen.items()
+        if point.kind is Kind.TOGETHER
+    )
+    serial_s = (together[-1][1] - together[0][1]) / (together[-1][0] - together[0][0]) if len(together) > 1 else 0.0
     chunks = [reading.chunk_s for reading in chosen.values() if reading.chunk_s is not None]
     return ServerTime(
         request_s=request_s,
+        serial_s=min(max(0.0, serial_s), request_s),
         prompt_token_s=prompt_token_s,
         text_token_s=max(0.0, max(texts)[1]) if texts else 0.0,
         chunk_s=median(chunks) if chunks else 0.0,
     )
+
+
+def _at_once(point: Point) -> StepShape:
+    return StepShape(prefill_tokens=point.prompts * point.prompt_tokens, prefill_sequences=point.prompts)
 
 
 # ---------------------------------------------------------------------- rows
@@ -196,6 +250,9 @@ def _row(point: Point, found: Sequence[Measured], step: FittedStep, server: Serv
     each = sorted(_comparable(one) for one in found)
     spread = (each[-1 - len(each) // 4] - each[len(each) // 4]) / median(each) if len(each) > 1 else 0.0
     sample = reading.sample
+    if point.kind is Kind.TOGETHER:
+        predicted_s = server.request_s + (point.prompts - 1) * server.serial_s + predict(step, [_at_once(point)])
+        return Row(point, len(found), sample.seconds, predicted_s, spread)
     if not sample.steps:
         tokens = reading.prompt_tokens
         predicted_s = server.request_s + tokens * server.prompt_token_s + predict(step, prompt_shapes(tokens, budget_tokens))

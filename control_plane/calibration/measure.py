@@ -79,9 +79,9 @@ class Bench:
         if point.kind is Kind.DECODE:
             self._drop_decoders()
             return await self._decode(point)
-        if point.kind in (Kind.IDLE, Kind.TEXT):
+        if point.kind in (Kind.IDLE, Kind.TEXT, Kind.TOGETHER):
             self._drop_decoders()
-            return await self._alone(point)
+            return await (self._together(point) if point.kind is Kind.TOGETHER else self._alone(point))
         return await self._beside(point)
 
     # ---- kinds
@@ -109,6 +109,17 @@ class Bench:
         finally:
             stream.cancel()
         return Measured(Sample(stream.ttft_s, ()), stream.prompt_tokens)
+
+    async def _together(self, point: Point) -> Measured:
+        await asyncio.sleep(self._rng.uniform(0.01, 0.03))
+        streams = [self._load.start(self._prompts.ids(point.prompt_tokens), 1) for _ in range(point.prompts)]
+        try:
+            for stream in streams:
+                await stream.end()
+        finally:
+            _cancel(streams)
+        last_s = max(stream.token_s[0] for stream in streams) - streams[0].sent_s
+        return Measured(Sample(last_s, ()), point.prompt_tokens)
 
     async def _beside(self, point: Point) -> Measured | None:
         prefix = await self._prefix(point.cached_tokens) if point.cached_tokens else []

@@ -76,6 +76,8 @@ class ModelLoad:
         self.profile = profile
         self._server = server or ServerTime()
         self._loop = loop
+        #: when the server is through with the requests before
+        self._free_s = 0.0
         self._wake: Wake | None = None
         self._wake_s = 0.0
 
@@ -95,8 +97,10 @@ class ModelLoad:
             return stream
         served = _Served(stream, ids, output_tokens, self.profile.block_size_tokens, priority)
         cost = self._server
+        begin_s = max(self.now_s(), self._free_s)
+        self._free_s = begin_s + cost.serial_s
         delay_s = cost.request_s + len(ids) * (cost.prompt_token_s + (cost.text_token_s if text else 0.0))
-        arriving = self._loop.wake_at(self.now_s() + delay_s, lambda: self._arrive(served))
+        arriving = self._loop.wake_at(begin_s + delay_s, lambda: self._arrive(served))
 
         def drop() -> None:
             arriving.cancel()

@@ -21,6 +21,8 @@ SHORT_TOKENS: Final = 64
 BESIDE_TOKENS: Final = 1_000
 #: a prompt that keeps the engine busy while those of a burst arrive
 BLOCKER_TOKENS: Final = 768
+#: requests at once, by which the serial part of what each costs the server is told
+TOGETHER: Final = (2, 16)
 BURSTS: Final = ((64, 4), (32, 12), (256, 3), (16, 28))
 
 
@@ -31,6 +33,7 @@ class Kind(StrEnum):
     PREFIX = "prompt behind a cached prefix"
     IDLE = "prompt alone"
     TEXT = "prompt alone, as text"
+    TOGETHER = "requests at once on an idle server"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,8 @@ class Point:
             return f"decode, {self.batch} x {self.context_tokens} tokens"
         if self.kind is Kind.TEXT:
             return f"{self.words} words alone"
+        if self.kind is Kind.TOGETHER:
+            return f"{self.prompts} requests at once, the last"
         many = f"{self.prompts} x " if self.prompts > 1 else ""
         cached = f" behind {self.cached_tokens} cached" if self.cached_tokens else ""
         beside = "alone" if self.kind is Kind.IDLE else f"beside {self.batch} x {self.context_tokens}"
@@ -118,6 +123,7 @@ def make_plan(served: Served, *, most: int, rounds: int, quick: bool) -> Plan:
         some = [length for length in lengths if length >= 128][:: 3 if quick else 2]
         points += [Point(Kind.MIXED, length, batch=beside, context_tokens=SHORT_TOKENS) for length in some]
     points += [Point(Kind.IDLE, length) for length in (1, *lengths[:: 2 if quick else 1])]
+    points += [Point(Kind.TOGETHER, 1, prompts=count) for count in TOGETHER if count <= most]
     points += [Point(Kind.TEXT, words=words) for words in (20, 400) if words * 4 < longest]
     return Plan(tuple(points), rounds)
 

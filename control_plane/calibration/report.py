@@ -36,7 +36,8 @@ def closing_lines(fitted: Fitted, limits: Limits, readings: Readings) -> Iterato
     yield f"max_num_batched_tokens {limits.max_num_batched_tokens} ({limits.max_num_batched_tokens_how})"
     server = fitted.server
     yield (
-        f"beside the engine's steps: {server.request_s * 1e3:.2f} ms a request, {server.prompt_token_s * 1e6:.2f} us a prompt token, "
+        f"beside the engine's steps: {server.request_s * 1e3:.2f} ms a request ({server.serial_s * 1e3:.2f} of it one after another), "
+        f"{server.prompt_token_s * 1e6:.2f} us a prompt token, "
         f"{server.text_token_s * 1e6:.2f} us more where it comes as text, {server.chunk_s * 1e6:.0f} us a streamed token"
     )
     yield (
@@ -82,6 +83,7 @@ def profile_of(
         max_num_batched_tokens=limits.max_num_batched_tokens,
         max_model_len_tokens=served.max_model_len_tokens,
         request_s=float(f"{fitted.server.request_s:.4g}"),
+        request_serial_s=float(f"{fitted.server.serial_s:.4g}"),
         prompt_token_s=float(f"{fitted.server.prompt_token_s:.4g}"),
         step_time=fitted.step,
         measured=measured,

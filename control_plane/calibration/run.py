@@ -30,6 +30,8 @@ __all__ = ["Calibrated", "Options", "bounds_of", "calibrate", "run_calibrate"]
 
 #: prompts before anything is timed: servers compile and allocate with their first ones
 _WARM_PROMPTS: Final = ((16, 8), (256, 8), (1_024, 2))
+#: share of the time in which this process was ready to read tokens and had no core, from which on it is told
+_WAITED_SHARE: Final = 0.01
 #: share of the server's own count of prompt tokens that may differ from ours
 _OTHERS_SHARE: Final = 0.02
 
@@ -63,6 +65,7 @@ def run_calibrate(engine: str, out: Path, *, most: int, api_key: str | None, nam
     shown = console()
 
     async def work() -> int:
+        began_s, waited_s = clock.now_s(), _waited_s()
         load = HttpLoad(engine, clock, most=most, api_key=api_key)
         try:
             with _Progress(shown) as progress:
@@ -71,10 +74,25 @@ def run_calibrate(engine: str, out: Path, *, most: int, api_key: str | None, nam
             # whatever ended it: no stream of ours stays with the server
             await load.close()
         _finish(shown, found, out, name, base, load.url, clock)
+        share = (_waited_s() - waited_s) / (clock.now_s() - began_s)
+        if share > _WAITED_SHARE:
+            shown.print(
+                f"- this process waited for a core {share:.0%} of the time and saw tokens later than they came: run it where there is one, "
+                "or before others (chrt -f 1)",
+                markup=False,
+            )
         return 0
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(work())
+
+
+def _waited_s() -> float:
+    """Seconds in which this process was ready to run and did not; 0.0 where the system does not tell."""
+    try:
+        return int(Path("/proc/self/schedstat").read_text(encoding="ascii").split()[1]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
 
 
 def _check(out: Path, base: str | None) -> None:

@@ -119,6 +119,8 @@ class VirtualEngine:
         self._trace_of = trace_of
         self._on_start = on_start
         self._delay_s = delay_s
+        #: when its server is through with the requests before
+        self._front_free_s = 0.0
         self._wake: Wake | None = None
         self._wake_s = 0.0
         self._steps_untold = 0
@@ -141,9 +143,12 @@ class VirtualEngine:
             sink.failed(self._too_long(served))
             return served
         self._served[served] = None
-        delay_s = self._delay_s + self.profile.request_s + self.profile.prompt_token_s * served.prompt_tokens
-        if delay_s:
-            served.arriving = self._loop.wake_at(self._loop.time() + delay_s, lambda: self._arrive(served))
+        profile, now_s = self.profile, self._loop.time()
+        begin_s = max(now_s, self._front_free_s)
+        self._front_free_s = begin_s + profile.request_serial_s
+        arrive_s = begin_s + self._delay_s + profile.request_s + profile.prompt_token_s * served.prompt_tokens
+        if arrive_s > now_s:
+            served.arriving = self._loop.wake_at(arrive_s, lambda: self._arrive(served))
         else:
             self._arrive(served)
         return served

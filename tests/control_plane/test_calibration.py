@@ -39,7 +39,7 @@ STEP = FittedStep(
     sequence_s=2e-4,
     mixed_s=1e-3,
 )
-SERVER = ServerTime(request_s=0.004, prompt_token_s=2e-6, text_token_s=1e-5, chunk_s=1e-4)
+SERVER = ServerTime(request_s=0.004, serial_s=0.002, prompt_token_s=2e-6, text_token_s=1e-5, chunk_s=1e-4)
 
 
 def engine(step: FittedStep = STEP, **sizes: Any) -> EngineProfile:
@@ -73,6 +73,8 @@ def test_known_step_times_limits_and_costs_are_found_again() -> None:
     assert step.mixed_s == pytest.approx(STEP.mixed_s, rel=0.01)
     for name in ("request_s", "prompt_token_s", "text_token_s", "chunk_s"):
         assert getattr(server, name) == pytest.approx(getattr(SERVER, name), rel=0.02), name
+    # of requests at once each also waits for the step in progress, which is as long as two of them
+    assert server.serial_s == pytest.approx(SERVER.serial_s, rel=0.2)
     assert (found.limits.max_num_seqs, found.limits.max_num_seqs_how) == (24, "measured")
     assert (found.limits.max_num_batched_tokens, found.limits.max_num_batched_tokens_how) == (2_048, "measured")
     assert found.readings.lost == 0
@@ -355,11 +357,14 @@ def test_the_simulator_charges_what_a_request_costs_beside_the_steps(tmp_path: P
     path = tmp_path / "server.yaml"
     given = Workload("one", [TraceRequest(0.0, 1_000, 4)])
 
-    def ttft_ms(**costs: float) -> float:
+    def ttft_ms(row: int = 0, **costs: float) -> float:
         ProfileFile("server", base="h100-llama3-8b", step_time=STEP, **costs).write(path)
-        return simulate(Scenario(parse_fleet(f"1x{path}"), given, jitter=0.0), Arm()).outcomes.ttft_ms(0)
+        return simulate(Scenario(parse_fleet(f"1x{path}"), given, jitter=0.0), Arm()).outcomes.ttft_ms(row)
 
     assert ttft_ms(request_s=0.004, prompt_token_s=2e-6) - ttft_ms() == pytest.approx(6.0, abs=0.01)
-    path.write_text(path.read_text().replace("version: 1", "version: 1\nrequest_s: soon"))
+    given = Workload("two at once", [TraceRequest(0.0, 10, 1), TraceRequest(0.0, 10, 1)])
+    later = ttft_ms(1, request_s=0.1, request_serial_s=0.05)
+    assert later - ttft_ms(0, request_s=0.1, request_serial_s=0.05) == pytest.approx(50.0, abs=0.01)
+    path.write_text(path.read_text().replace("request_s: 0.1", "request_s: soon"))
     with pytest.raises(InvalidRequest, match="request_s 'soon' is not a number of seconds"):
         profile(str(path))
