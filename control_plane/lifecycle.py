@@ -139,7 +139,8 @@ class RequestLifecycle:
                 raise Draining("the control plane is stopping and takes no new requests")
             now_s = self._clock.now_s()
             lane = self._lane(model, kind, pinned, wire)
-            if not request.request_id or self.records.taken(request.request_id):
+            fields: RequestFields = request
+            if not fields.request_id or self.records.taken(fields.request_id):
                 self._name(request)
             job = Job(request, lane, wire, sink, now_s, owner)
             room = self._take_in(job, named=bool(model))
@@ -148,7 +149,6 @@ class RequestLifecycle:
             raise
         arrival = self._clock.utc(now_s)
         if owner is None:
-            fields: RequestFields = request
             fields.arrival_time = fields.queue_time = arrival
         else:
             owner.request_id = job.request_id

@@ -52,6 +52,7 @@ class ProfileFile:
     """What a profile's file says. Limits that are None are those of ``base`` (or vLLM's defaults).
 
     Attributes:
+        name: for people; what finds the profile is the file's path.
         base: a catalogue profile, for all that is not said here.
         gpu, model: without a base. A model alone will do where ``step_time`` and ``kv_block_count`` are given.
         step_time: replaces the roofline.

@@ -44,17 +44,24 @@ __all__ = [
     "step_s",
 ]
 
-# Fitted to Vidur's operator tables (github.com/microsoft/vidur, 7d475133: A100 Llama-3-8B, H100 Llama-2-7B and 70B; TP 1 to 8; 1 to 8,192
-# tokens; all operators of a layer but attention): mean error 5.5 %, at most 8 % for any model and TP. Matrix products reach 0.72 of the
-# peak rate and read weights at 0.80 of the peak bandwidth, element-wise kernels move activations at 0.60 of it, and a layer costs 30 us
-# however few the tokens are.
-COMPUTE_EFFICIENCY: Final = 0.72
-BANDWIDTH_EFFICIENCY: Final = 0.80
-ELEMENTWISE_EFFICIENCY: Final = 0.60
-LAYER_OVERHEAD_S: Final = 30e-6
-# The same project's tables of NCCL all-reduces: 7 us (2 ranks) to 38 us (8 ranks) at 2 KiB; 0.5 to 0.8 of the link at 15 to 67 MB.
-ALL_REDUCE_LATENCY_S: Final = 15e-6
+# Fitted to Vidur's operator tables (github.com/microsoft/vidur, 7d475133: A100 Llama-3-8B, H100 Llama-2-7B and 70B; TP 1 to 8; 1 to
+# 8,192 tokens; all operators of a layer but attention) by `benchmarks/roofline_error.py --fit`: matrix products reach 0.69 of the peak rate
+# and read weights at 0.88 of the peak bandwidth, element-wise kernels move activations at 0.58 of it, and a layer costs 37 us however few
+# the tokens are. Mean error of a layer 6.1 % with models, TP and numbers of tokens weighing alike; each table alone would give 0.68 to
+# 0.73, 0.80 to 0.89, 0.48 to 0.74 and 33 to 46 us. docs/SIMULATION_ENGINE.md has the errors by operator and size.
+COMPUTE_EFFICIENCY: Final = 0.69
+BANDWIDTH_EFFICIENCY: Final = 0.88
+ELEMENTWISE_EFFICIENCY: Final = 0.58
+LAYER_OVERHEAD_S: Final = 37e-6
+# The same project's tables of NCCL all-reduces (A100 and H100 DGX, 2 to 8 ranks, 2 KiB to 64 MiB): a mean error of 20 % (15 % on H100,
+# 26 % on A100). Each table alone would give 17 us (H100, 2 ranks) to 39 us (A100, 8 ranks) and 0.51 to 0.84 of the link. They were called
+# one by one from the host; vLLM's own kernels within CUDA graphs, which it takes for small ones on NVLink, are faster, by how much was not
+# measured here.
+ALL_REDUCE_LATENCY_2_S: Final = 20e-6
+ALL_REDUCE_LATENCY_S: Final = 30e-6
 INTERCONNECT_EFFICIENCY: Final = 0.65
+# An assumption: handing the activations of a step to the next pipeline stage.
+HOP_LATENCY_S: Final = 15e-6
 # On H100 FlashAttention-2 reaches 35 % of the peak and FlashAttention-3 up to 75 % at long sequences (arXiv:2407.08608, abstract).
 ATTENTION_EFFICIENCY: Final = 0.40
 # An assumption until `calibrate` has measured it: scheduling, sampling and host synchronisation of one vLLM V1 step.
@@ -178,6 +185,11 @@ def kv_bytes_per_token_per_gpu(model: ModelSpec, tensor_parallel_size: int, pipe
     return model.kv_bytes_per_token * heads_share * layers_share
 
 
+def all_reduce_latency_s(ranks: int) -> float:
+    """Seconds of an all-reduce of next to nothing."""
+    return ALL_REDUCE_LATENCY_2_S if ranks <= 2 else ALL_REDUCE_LATENCY_S
+
+
 def _step_cost(p: EngineProfile) -> StepCost:
     model, tp, pp = p.model, p.tensor_parallel_size, p.pipeline_parallel_size
     flops = p.gpu.tflops_bf16 * 1e12 * tp
@@ -191,7 +203,7 @@ def _step_cost(p: EngineProfile) -> StepCost:
     reduces = 2 * model.layers if tp > 1 else 0
     hops = pp - 1
     return StepCost(
-        overhead_s=p.step_overhead_s + model.layers * LAYER_OVERHEAD_S + reduces * ALL_REDUCE_LATENCY_S + hops * ALL_REDUCE_LATENCY_S,
+        overhead_s=p.step_overhead_s + model.layers * LAYER_OVERHEAD_S + reduces * all_reduce_latency_s(tp) + hops * HOP_LATENCY_S,
         weights_s=(model.read_parameters - experts) * model.bytes_per_weight / (bandwidth * tp),
         experts_s=experts * model.bytes_per_weight / (bandwidth * tp),
         expert_miss=1.0 - model.experts_per_token / model.experts if model.is_moe else 0.0,
@@ -291,7 +303,7 @@ def profile(name: str) -> EngineProfile:
             there or is no profile.
     """
     if is_path(name):
-        return _of_file(load(name))
+        return _of_file(name, load(name))
     found = _PROFILE.fullmatch(name.strip().lower())
     gpu = GPUS.get(found["gpu"]) if found else None
     model = MODELS.get(found["model"]) if found else None
@@ -309,8 +321,9 @@ def profile(name: str) -> EngineProfile:
     return built
 
 
-def _of_file(told: ProfileFile) -> EngineProfile:
-    """The profile that a file describes: its base with what it says otherwise, or model and GPU of its own."""
+def _of_file(path: str, told: ProfileFile) -> EngineProfile:
+    """The profile that a file describes: its base with what it says otherwise, or model and GPU of its own. Its name is the path, by which
+    it is found again."""
     sizes = {
         "tensor_parallel_size": told.tensor_parallel_size,
         "pipeline_parallel_size": told.pipeline_parallel_size,
@@ -326,13 +339,13 @@ def _of_file(told: ProfileFile) -> EngineProfile:
     given: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
     given["max_model_len_tokens"] = told.max_model_len_tokens or 0
     if told.base is not None:
-        built = replace(profile(told.base), name=told.name, **given)
+        built = replace(profile(told.base), name=path, **given)
     elif told.model is not None:
-        built = EngineProfile(told.name, told.gpu or MEASURED, told.model, **given)
+        built = EngineProfile(path, told.gpu or MEASURED, told.model, **given)
     else:
-        raise InvalidRequest(f"profile {told.name!r}: neither base nor model is given", param="profile")
+        raise InvalidRequest(f"profile {path!r}: neither base nor model is given", param="profile")
     if not built.kv_block_count:
-        raise InvalidRequest(f"profile {told.name!r}: the model does not fit there, and no kv_block_count is given", param="profile")
+        raise InvalidRequest(f"profile {path!r}: the model does not fit there, and no kv_block_count is given", param="profile")
     return built
 
 

@@ -131,6 +131,10 @@ def sim_engine(
     max_model_len: Annotated[
         int | None, typer.Option(parser=_number(1, 2**31), help="Longest context in tokens, if less than the profile's.")
     ] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(parser=_number(1, 2**31), help="As in vLLM; the profile's when left out.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(parser=_number(1, 2**31), help="As in vLLM, likewise.")] = None,
+    block_size: Annotated[int | None, typer.Option(parser=_number(1, 4096), help="Tokens of a KV block, likewise.")] = None,
+    num_gpu_blocks_override: Annotated[int | None, typer.Option(parser=_number(1, 2**31), help="KV blocks, likewise.")] = None,
     prefix_caching: Annotated[bool, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="As in vLLM.")] = True,
 ) -> None:
     """A simulated vLLM server: its paths, streams and metrics, in the time that the profile's hardware would take.
@@ -151,6 +155,10 @@ def sim_engine(
         kind=kind,
         scheduling_policy=scheduling_policy,
         max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        num_gpu_blocks_override=num_gpu_blocks_override,
         prefix_caching=prefix_caching,
         responses_store=os.environ.get("VLLM_ENABLE_RESPONSES_API_STORE", "0") not in ("", "0"),
         loop_factory=uvloop.new_event_loop,

@@ -33,6 +33,7 @@ from control_plane.gateway.replies import (
     refused_answer,
 )
 from control_plane.gateway.settings import GatewaySettings
+from control_plane.gateway.stored_responses import StoredResponses
 from control_plane.manager import ControlPlaneManager
 from control_plane.transport import Exchange, HttpServer, Refused, ServerLimits, path_of
 
@@ -72,6 +73,7 @@ class Gateway:
         self._limits = _server_limits(limits or ServerLimits(), self.settings, manager.body_memory)
         self._log = AccessLog(manager.clock, manager.events, self.settings.access_log_path) if self.settings.access_log else None
         self.relay = Relay(manager, self.settings, self._log, max_open=self.settings.max_streams or streams_that_fit(1024))
+        self._stored = StoredResponses(self.relay)
         self._created = int(manager.clock.utc(manager.clock.now_s()).timestamp())
         self._metrics = metrics
         self._pages: dict[str, Page] = {"/health": self._health, "/ready": self._ready, "/v1/models": self._models}
@@ -95,12 +97,12 @@ class Gateway:
         """
         descriptors = raise_descriptor_limit()
         if self.settings.max_streams is None:
-            self.relay.max_open = streams_that_fit(descriptors)
+            self.relay.open.most = streams_that_fit(descriptors)
         spare = reserved(descriptors)
         limits = replace(self._limits, max_descriptor=self._limits.max_descriptor or for_clients(descriptors))
         tls = self.settings.tls_context()
         memory = self.manager.body_memory
-        self.relay.draining = False
+        self.relay.open.draining = False
         if admin_port is None:
             self._guard = AdminGuard(self.settings.admin_key, own_listener=False, listen_host=host)
         else:
@@ -118,7 +120,7 @@ class Gateway:
             raise
         self._watch = DescriptorWatch(self.manager.events, descriptors, self._turned_away)
         self.manager.events.event(
-            "gateway_started", f"{self.url} takes up to {self.relay.max_open} open streams", url=self.url, max_open=self.relay.max_open
+            "gateway_started", f"{self.url} takes up to {self.relay.open.most} open streams", url=self.url, max_open=self.relay.open.most
         )
 
     async def stop(self, grace_s: float = 120.0) -> None:
@@ -126,7 +128,7 @@ class Gateway:
         if self._watch is not None:
             self._watch.close()
         if self._server is not None:
-            await self.relay.drain(grace_s)
+            await self.relay.open.drain(grace_s)
         self._recorder.close()
         for server in (self._server, self._admin_server):
             if server is not None:
@@ -205,7 +207,7 @@ class Gateway:
             elif path.startswith(_MODEL):
                 self._show(exchange, self._model)
             elif path.startswith(_RESPONSE):
-                self.relay.stored(exchange)
+                self._stored.relay(exchange)
             elif method == "POST" and path.startswith("/v1/") and not leads_up(path):
                 self.relay.relay(exchange, GENERIC)
             else:
@@ -245,7 +247,7 @@ class Gateway:
         self._json(exchange, {"status": "ok"})
 
     def _ready(self, exchange: Exchange) -> None:
-        if self.relay.draining or not self.manager.is_running:
+        if self.relay.open.draining or not self.manager.is_running:
             raise Draining("This gateway is shutting down or has not started.")
         usable = sum(instance.is_usable for instance in self.manager.fleet.instances())
         if not usable:

@@ -21,7 +21,7 @@ from control_plane.simulator.scenario import Arm, Scenario
 from control_plane.simulator.workload import Workload
 
 #: changes whenever what is simulated does: kept capacities of other versions are not used
-VERSION: Final = 2
+VERSION: Final = 3
 #: a rate is kept up with when at least this share of what comes in the window also ends in it
 KEPT_UP: Final = 0.97
 #: bisection ends when the bounds are this close
@@ -29,7 +29,7 @@ PRECISION: Final = 1.03
 PROBE_WARMUP_S: Final = 60.0
 PROBE_S: Final = 150.0
 #: a window in which fewer come says little
-LEAST_REQUESTS: Final = 600
+LEAST_REQUESTS: Final = 2000
 LONGEST_PROBE_S: Final = 7200.0
 #: batch that the first guess assumes
 _GUESS_BATCH: Final = 64

@@ -106,11 +106,11 @@ class HttpServer:
     async def _drain(self, grace_s: float) -> None:
         end_s = self.loop.time() + grace_s
         for connection in list(self._connections):
-            connection.drain()
+            connection.pipeline.drain()
         while self._connections and self.loop.time() < end_s:
             await asyncio.sleep(_STOP_POLL_S)
         for connection in list(self._connections):
-            connection.abort()
+            connection.channel.abort()
         while self._connections:
             await asyncio.sleep(0)
 
@@ -124,12 +124,12 @@ class HttpServer:
         if most is not None:
             over = len(self._connections) - most
         if highest is not None:
-            over_descriptors = connection.descriptor - highest + 1
+            over_descriptors = connection.channel.descriptor - highest + 1
         if over <= 0 and over_descriptors <= 0:
             return True
         self.turned_away += over_descriptors > 0
         if over > _MOST_REFUSED or over_descriptors > min(_MOST_REFUSED, (highest or 0) // 16):
-            connection.abort()
+            connection.channel.abort()
         return False
 
     def forget(self, connection: ServerConnection) -> None:

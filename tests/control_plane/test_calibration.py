@@ -305,7 +305,7 @@ async def test_the_command_writes_a_profile_that_is_one(tmp_path: Path) -> None:
     assert "at most" in done.stdout
     assert "max_num_seqs 6 (measured)" in done.stdout
     found = profile(str(out))
-    assert (found.name, found.max_num_seqs, found.max_num_batched_tokens) == ("found", 6, 512)
+    assert (found.name, found.max_num_seqs, found.max_num_batched_tokens) == (str(out), 6, 512)
     assert (found.block_size_tokens, found.kv_block_count, found.max_model_len_tokens) == (128, 4_096, 1_024)
     assert found.fitted is not None
     assert found.fitted.overhead_s > 0.0

@@ -16,9 +16,10 @@ from control_plane.engines.model import EngineModel, ModelSequence
 from control_plane.errors import InvalidRequest
 from control_plane.fitted_step import FittedStep, Sample, StepShape, fit, non_negative_least_squares
 from control_plane.prediction import prior_of
-from control_plane.profile_file import ProfileFile
+from control_plane.profile_file import ProfileFile, load
 from control_plane.roofline import EngineProfile, decode_step_s, prefill_s, profile, step_s
 from control_plane.sim_engine.engine import SimEngine
+from control_plane.simulator.fleet_spec import parse_fleet
 from control_plane.types import ExecutionInstance
 
 TRUE = FittedStep(
@@ -174,7 +175,7 @@ def write(path: Path, told: ProfileFile) -> str:
 def test_a_calibrated_engine_is_a_profile_like_any_other(tmp_path: Path) -> None:
     path = write(tmp_path / "server.yaml", CALIBRATED)
     p = profile(path)
-    assert (p.name, p.model, p.gpu) == ("my-server", MODELS["llama3-8b"], GPUS["h100"])
+    assert (p.name, p.model, p.gpu) == (path, MODELS["llama3-8b"], GPUS["h100"])
     assert (p.block_size_tokens, p.kv_block_count, p.max_num_seqs, p.max_num_batched_tokens) == (32, 1234, 17, 2048)
     assert p.max_model_len_tokens == 4096
     assert p.fitted == CALIBRATED.step_time
@@ -196,6 +197,14 @@ def test_prior_simulated_engine_and_model_take_it(tmp_path: Path) -> None:
     assert run.end_s == pytest.approx(prefill_s(profile(path), 100))
 
 
+def test_a_fleet_may_be_of_measured_engines(tmp_path: Path) -> None:
+    fleet = parse_fleet(f"2x{write(tmp_path / 'server.yaml', CALIBRATED)}")
+    for instance, of in fleet.instances():
+        assert of.fitted == CALIBRATED.step_time
+        assert instance.profile
+        assert profile(instance.profile) == of
+
+
 def test_fitted_may_also_be_handed_to_the_model() -> None:
     model = EngineModel(profile("h100-llama3-8b"), step_time=TRUE)
     model.add(ModelSequence(100, 2), 0.0)
@@ -208,8 +217,9 @@ def test_a_file_needs_no_base_where_all_that_counts_was_measured(tmp_path: Path)
     own = replace(MODELS["tiny"], name="mine", layers=7)
     p = profile(write(tmp_path / "own.yaml", ProfileFile("own", model=own, kv_block_count=99, step_time=TRUE)))
     assert (p.model, p.kv_block_count, p.max_model_len_tokens) == (own, 99, 99 * 16)
-    both = profile(write(tmp_path / "both.yaml", ProfileFile("both", model=MODELS["llama3-70b"], gpu=GPUS["h100"], tensor_parallel_size=4)))
-    assert both == replace(profile("h100x4-llama3-70b"), name="both")
+    both = ProfileFile("both", model=MODELS["llama3-70b"], gpu=GPUS["h100"], tensor_parallel_size=4)
+    path = write(tmp_path / "both.yaml", both)
+    assert profile(path) == replace(profile("h100x4-llama3-70b"), name=path)
 
 
 @given(
@@ -227,7 +237,8 @@ def test_what_is_written_is_read_again(tmp_path_factory: pytest.TempPathFactory,
     path = write(tmp_path_factory.mktemp("profile") / "p.yaml", told)
     p = profile(path)
     assert p.fitted == told.step_time
-    assert p.name == told.name
+    assert p.name == path
+    assert load(path).name == told.name
     assert p.kv_block_count_override == told.kv_block_count
 
 

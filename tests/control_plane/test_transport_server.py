@@ -478,7 +478,7 @@ def test_small_writes_are_not_delayed(loop: str) -> None:
         async with serving(kept) as server, raw_socket(server.port) as (_, writer):
             writer.write(GET)
             await until(lambda: kept.exchanges)
-            accepted = kept.exchanges[0]._connection.transport.get_extra_info("socket")
+            accepted = kept.exchanges[0]._channel.transport.get_extra_info("socket")
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
     run(loop, scenario())

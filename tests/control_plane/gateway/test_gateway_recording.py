@@ -181,7 +181,7 @@ async def test_streams_and_clients_that_leave(make_stand: Any, open_connection: 
     client.send("POST", "/v1/chat/completions", json.dumps(chat(LONG, stream=True)).encode())
     await client.head()
     await client.chunk()
-    await eventually(lambda: any(sink.job is not None and sink.job.output_tokens for sink in stand.gateway.relay.open))
+    await eventually(lambda: any(job.output_tokens for job in stand.manager.lifecycle.records.live()))
     await client.close()
     await eventually(lambda: reader.requests)
     assert reader.requests[0]["output_tokens"] in (1, 2, 3)  # as far as it was counted
