@@ -35,14 +35,16 @@ class StepShape(NamedTuple):
     decode_context_tokens: float = 0
     prefill_sequences: float = 1
     repeats: float = 1
+    #: None: those of an even spread
+    prefill_pairs: float | None = None
 
     def features(self) -> list[float]:
         """What the coefficients are multiplied with."""
-        tokens, context, decodes, decode_context, sequences, repeats = self
+        tokens, context, decodes, decode_context, sequences, repeats, told = self
         if tokens + decodes <= 0:
             return [0.0] * len(_LINEAR)
         begun = sequences if tokens > 0 else 0.0
-        pairs = tokens * (context + 0.5 * tokens) / sequences
+        pairs = told if told is not None else tokens * (context + 0.5 * tokens) / sequences
         mixed = 1.0 if tokens > 0 and decodes > 0 else 0.0
         return [repeats * value for value in (1.0, tokens, pairs, context, decodes, decode_context, decodes + begun, mixed, begun)]
 
@@ -106,6 +108,7 @@ class FittedStep:
         decode_sequences: int,
         decode_context_tokens: int,
         prefill_sequences: int = 1,
+        prefill_pairs: float | None = None,
     ) -> float:
         """Seconds of one step, with the arguments of :func:`control_plane.roofline.step_s` (the profile is not looked at)."""
         tokens = prefill_tokens + decode_sequences
@@ -114,7 +117,9 @@ class FittedStep:
         total_s = self.overhead_s + decode_sequences * (self.decode_sequence_s + self.sequence_s)
         total_s += decode_context_tokens * self.decode_context_s
         if prefill_tokens > 0:
-            pairs = prefill_tokens * (prefill_context_tokens + 0.5 * prefill_tokens) / prefill_sequences
+            pairs = prefill_pairs
+            if pairs is None:
+                pairs = prefill_tokens * (prefill_context_tokens + 0.5 * prefill_tokens) / prefill_sequences
             total_s += prefill_tokens * self.prefill_token_s + pairs * self.prefill_pair_s
             total_s += prefill_context_tokens * self.prefill_context_s + prefill_sequences * (self.sequence_s + self.prompt_s)
             if decode_sequences > 0:

@@ -237,6 +237,7 @@ def step_s(
     decode_sequences: int,
     decode_context_tokens: int,
     prefill_sequences: int = 1,
+    prefill_pairs: float | None = None,
 ) -> float:
     """Seconds of one engine step; 0.0 for an empty one.
 
@@ -245,7 +246,8 @@ def step_s(
         prefill_context_tokens: tokens of those sequences that were in the KV cache before it (prefix hits, earlier chunks).
         decode_sequences: sequences that get one token each.
         decode_context_tokens: their context lengths, added up.
-        prefill_sequences: over how many sequences the prefill tokens are spread (taken as even).
+        prefill_sequences: over how many sequences the prefill tokens are spread.
+        prefill_pairs: pairs of such a token and a token that it attends to, added up; None: those of an even spread.
 
     A mixture reads an expert when any token of the step chose it: 1 - (1 - k/E)^tokens of them, for even routing. With PP this is the
     time of one batch through all stages; up to PP batches overlap.
@@ -257,6 +259,7 @@ def step_s(
             decode_sequences=decode_sequences,
             decode_context_tokens=decode_context_tokens,
             prefill_sequences=prefill_sequences,
+            prefill_pairs=prefill_pairs,
         )
     cost = p.cost
     tokens = prefill_tokens + decode_sequences
@@ -269,7 +272,9 @@ def step_s(
     total_s = cost.overhead_s + tokens * cost.token_moved_s + decode_context_tokens * cost.decode_context_s
     if prefill_tokens > 0:
         compute_s += prefill_sequences * cost.sampled_s
-        pairs = prefill_tokens * (prefill_context_tokens + 0.5 * prefill_tokens) / prefill_sequences
+        pairs = prefill_pairs
+        if pairs is None:
+            pairs = prefill_tokens * (prefill_context_tokens + 0.5 * prefill_tokens) / prefill_sequences
         total_s += max(pairs * cost.pair_s, (prefill_context_tokens + prefill_tokens) * cost.kv_read_s)
     return total_s + math.sqrt(read_s * read_s + compute_s * compute_s)
 

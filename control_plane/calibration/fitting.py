@@ -190,6 +190,7 @@ def predict(step: FittedStep, shapes: Sequence[StepShape]) -> float:
             decode_sequences=int(shape.decode_sequences),
             decode_context_tokens=int(shape.decode_context_tokens),
             prefill_sequences=int(shape.prefill_sequences),
+            prefill_pairs=shape.prefill_pairs,
         )
         for shape in shapes
     )

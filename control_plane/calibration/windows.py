@@ -96,6 +96,7 @@ def prompt_window(decoders: Sequence[Stream], prompts: Sequence[Prompted], budge
                 decode_sequences=len(decoders),
                 decode_context_tokens=sum(context_at(stream, ticks[step - 1]) for stream in decoders),
                 prefill_sequences=max(1, len(chunks)),
+                prefill_pairs=sum(size * (done + size / 2) for size, done in chunks),
             )
         )
     return Sample(ticks[last] - ticks[first], shapes)

@@ -242,6 +242,8 @@ class EngineModel:
             return self.plan(now_s, max_steps) if preempted else None
         # after throwing one out nobody is admitted in this step, and perhaps somebody in the next
         steps = 1 if chunks or preempted or max_steps == 1 else batch.steps_without_change(max_steps, self.blocks.free)
+        # prompts of one step are of all lengths: were they taken as even, the work of attention would come out too small by half
+        pairs = sum([tokens * (sequence.computed - 0.5 * tokens) for sequence, tokens in chunks]) if len(chunks) > 1 else None
         factor = 1.0 if not self._jitter or self._rng is None else math.exp(self._rng.gauss(0.0, self._jitter / math.sqrt(steps)))
         first_s = factor * self._step_time(
             self.profile,
@@ -250,6 +252,7 @@ class EngineModel:
             decode_sequences=decoding,
             decode_context_tokens=context_tokens,
             prefill_sequences=len(chunks) or 1,
+            prefill_pairs=pairs,
         )
         last_s = first_s
         if steps > 1:
