@@ -223,11 +223,8 @@ def _fit_server(step: FittedStep, chosen: dict[Point, Measured], budget_tokens: 
             tokens = reading.prompt_tokens
             known_s = request_s + tokens * prompt_token_s + predict(step, prompt_shapes(tokens, budget_tokens))
             texts.append((tokens, (reading.sample.seconds - known_s) / tokens))
-    together = sorted(
-        (point.prompts, reading.sample.seconds - predict(step, [_at_once(point)]))
-        for point, reading in chosen.items()
-        if point.kind is Kind.TOGETHER
-    )
+    # steps are not taken off: where the server is what holds them up, few are computed in each, while the next are read
+    together = sorted((point.prompts, reading.sample.seconds) for point, reading in chosen.items() if point.kind is Kind.TOGETHER)
     serial_s = (together[-1][1] - together[0][1]) / (together[-1][0] - together[0][0]) if len(together) > 1 else 0.0
     chunks = [reading.chunk_s for reading in chosen.values() if reading.chunk_s is not None]
     return ServerTime(
@@ -237,10 +234,6 @@ def _fit_server(step: FittedStep, chosen: dict[Point, Measured], budget_tokens: 
         text_token_s=max(0.0, max(texts)[1]) if texts else 0.0,
         chunk_s=median(chunks) if chunks else 0.0,
     )
-
-
-def _at_once(point: Point) -> StepShape:
-    return StepShape(prefill_tokens=point.prompts * point.prompt_tokens, prefill_sequences=point.prompts)
 
 
 # ---------------------------------------------------------------------- rows
@@ -253,7 +246,7 @@ def _row(point: Point, found: Sequence[Measured], step: FittedStep, server: Serv
     sample = reading.sample
     if point.kind is Kind.TOGETHER:
         # the last also waits for the step of those before it
-        steps_s = predict(step, [_at_once(point), StepShape(prefill_tokens=1)])
+        steps_s = predict(step, [StepShape(prefill_tokens=1, repeats=2)])
         predicted_s = server.request_s + (point.prompts - 1) * server.serial_s + steps_s
         return Row(point, len(found), sample.seconds, predicted_s, spread)
     if not sample.steps:
