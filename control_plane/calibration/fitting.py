@@ -18,6 +18,8 @@ __all__ = ["Fitted", "Row", "ServerTime", "fit_readings", "median"]
 #: a table of token counts is kept where it lowers the median error to this share
 _TABLE_PAYS = 0.8
 _KNOTS = (1, 16, 64, 256, 1_024, 4_096, 16_384)
+#: what is fitted: what a sequence costs of either kind is told by what one of each kind costs
+_USED = tuple(each.name for each in fields(FittedStep) if each.name not in ("sequence_s", "token_table"))
 #: times that samples are weighed anew; an error that is taken as it is, however small most are
 _REWEIGHTED = 8
 _LEAST_ERROR = 0.005
@@ -165,7 +167,8 @@ def _robust(samples: Sequence[Sample], knots: Sequence[int]) -> FittedStep:
     found = FittedStep()
     for _ in range(_REWEIGHTED):
         weights = [math.sqrt(share) / seconds for share, seconds in zip(trust, expected, strict=True)]
-        found = fit([_scaled(sample, weight) for sample, weight in zip(samples, weights, strict=True)], knots=knots, relative=False)
+        scaled = [_scaled(sample, weight) for sample, weight in zip(samples, weights, strict=True)]
+        found = fit(scaled, use=_USED, knots=knots, relative=False)
         expected = [max(predict(found, sample.steps), 1e-9) for sample in samples]
         trust = _trust([sample.seconds for sample in samples], expected)
     return found
