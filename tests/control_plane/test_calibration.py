@@ -16,9 +16,10 @@ import pytest
 from child_environment import child_environment
 
 from control_plane.calibration import CannotCalibrate, Given, HttpLoad, ModelLoad, Options, ServerTime, calibrate
+from control_plane.calibration.limits import Limits, learn_limits
 from control_plane.calibration.plan import Kind, make_plan
 from control_plane.calibration.run import Calibrated, bounds_of
-from control_plane.calibration.server import Served, ask_server
+from control_plane.calibration.server import Prompts, Served, ask_server, token_pool
 from control_plane.calibration.streams import Stream
 from control_plane.calibration.windows import Prompted, chunk_sizes, decode_window, prompt_window
 from control_plane.clock import SystemClock
@@ -100,6 +101,21 @@ def test_the_token_budget_is_found_also_where_it_is_an_odd_one(budget: int) -> N
     found, _, _ = measure(engine(max_num_batched_tokens=budget), options=Options(seed=1, rounds=1, quick=True))
     assert found.limits.max_num_batched_tokens == pytest.approx(budget, rel=0.02)
     assert found.limits.max_num_batched_tokens_how.startswith("measured")
+
+
+@pytest.mark.parametrize("seed", range(1, 9))
+def test_the_token_budget_is_found_where_steps_of_a_kind_last_twice_as_long_as_others(seed: int) -> None:
+    """A busy machine; one wrong answer of a prompt would lead the whole search astray."""
+    loop = VirtualLoop()
+    load = ModelLoad(loop, engine(), most=32, server=SERVER, jitter=0.5, rng=Random(seed))
+
+    async def learn() -> Limits:
+        served = await ask_server(load, Given())
+        return await learn_limits(load, Prompts(await token_pool(load), Random(seed)), served, Given(max_num_seqs=24))
+
+    found = loop.run(learn())
+    assert found.max_num_batched_tokens == pytest.approx(2_048, rel=0.02)
+    assert found.max_num_batched_tokens_how.startswith("measured")
 
 
 def test_what_cannot_be_learned_is_said_to_be_assumed_and_can_be_given() -> None:
