@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -260,13 +261,23 @@ def _run(plan: Plan, jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job,
     if processes == 1 or len(jobs) < 2:
         yield from map(one, jobs)
         return
-    with concurrent.futures.ProcessPoolExecutor(min(processes, len(jobs)), mp_context=multiprocessing.get_context("spawn")) as pool:
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(processes, len(jobs)), mp_context=multiprocessing.get_context("spawn"), initializer=_leave_interrupts_to_the_parent
+    )
+    with pool:
         try:
             for future in concurrent.futures.as_completed([pool.submit(one, job) for job in jobs]):
                 yield future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():  # nobody waits for a run of minutes that nobody wants
+                worker.terminate()
             raise
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    """Ctrl-C reaches every process of the terminal; one of them speaks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _long_enough(base: Scenario, rates_rps: Sequence[float], duration_s: float, told: Callable[[str], None]) -> float:
