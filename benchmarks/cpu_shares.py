@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import platform
+import struct
 import threading
 import time
 from collections.abc import Mapping
@@ -12,6 +15,10 @@ from routers import LOAD_CORE, ROUTER_CORE, cpu_ns
 
 #: a core that is busier than this makes its processes wait for each other, and that would be measured as routing
 MOST: Final = 0.70
+#: a machine whose cores are less busy than this before anything is started is quiet
+QUIET: Final = 0.15
+SLICE_NS: Final = 100_000
+_SCHED_SETATTR: Final = 314  # of x86-64
 #: over so many seconds
 SPAN: Final = 10
 
@@ -72,6 +79,30 @@ class CpuShares:
         busy = sum(cores_last[core][0] - cores_first[core][0] for core in cores_last)
         total = sum(cores_last[core][1] - cores_first[core][1] for core in cores_last)
         return max(0.0, busy * 1e7 - ours) / max(1.0, total * 1e7)
+
+
+def wait_for_quiet(minutes: float) -> bool:
+    """Wait until both cores together are less than QUIET busy over SPAN seconds, at most so long. Whether they are."""
+    until_s = time.monotonic() + 60.0 * minutes
+    while True:
+        before = [_busy(core) for core in (ROUTER_CORE, LOAD_CORE)]
+        time.sleep(SPAN)
+        after = [_busy(core) for core in (ROUTER_CORE, LOAD_CORE)]
+        busy, total = (sum(last[part] - first[part] for first, last in zip(before, after, strict=True)) for part in (0, 1))
+        if busy <= QUIET * total:
+            return True
+        if time.monotonic() >= until_s:
+            return False
+
+
+def prompt_wakeups() -> bool:
+    """Ask the kernel for short time slices (EEVDF's, Linux 6.12) for this process and what it starts: no larger share of a core, but no
+    long wait for it either, as steps, chunks and requests are due at their times. False where the kernel does not know them."""
+    attributes = struct.pack("IIQiIQQQII", 56, 0, 0, 0, 0, SLICE_NS, 0, 0, 0, 0)
+    if platform.machine() != "x86_64":
+        return False
+    done: int = ctypes.CDLL(None).syscall(_SCHED_SETATTR, 0, ctypes.create_string_buffer(attributes, 56), 0)
+    return done == 0
 
 
 def _rate(first: tuple[float, int], last: tuple[float, int]) -> float:

@@ -6,8 +6,8 @@
 ``open_loop.py`` sends the very same bodies at the times at which the tool had sent them to a fresh gateway over a fresh, equal fleet, and
 the simulator runs them in virtual time. One fleet on core 1 with whoever sends, the gateway on core 0; model time is real time.
 
-The vLLM needs no GPU and no model: only its load tool runs (``make test-real`` installs one). ``--tokenizer``: a folder with any Hugging
-Face tokenizer; the tool counts with it what the engine's own usage does not tell.
+The vLLM needs no GPU and no model: only its load tool runs (``make test-real`` installs one); it wants pandas beside it. ``--tokenizer``: a
+folder with any Hugging Face tokenizer; the tool counts with it what the engine's own usage does not tell.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from cpu_shares import prompt_wakeups
 from open_loop import Load, OpenLoop, Planned
 from routers import BUILD, LOAD_CORE, on_core, ours
 from sim_fleet import fleet_of, quantile
@@ -151,6 +152,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
+    prompt_wakeups()
     requests = requests_of(given.requests, Random("independent load"))
     texts = [prompt_text(one, count_tokens=lambda text: text.count(" "), nonce=row) for row, one in enumerate(requests)]
     result = run_tool(given, requests, texts)

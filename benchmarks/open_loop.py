@@ -226,6 +226,9 @@ class OpenLoop:
         one.body = b""
 
     def ended(self, row: int, state: int, code: str = "") -> None:
+        """Of a request's answer; those that are cut off at the end of the run are not heard."""
+        if self._done.done():
+            return
         self.outcomes.end_s[row] = self.model_s(self._loop.time())
         self.outcomes.state[row] = state
         if code:

@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ import msgspec
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from cpu_shares import MOST, CpuShares, Share
+from cpu_shares import MOST, CpuShares, Share, prompt_wakeups, wait_for_quiet
 from open_loop import Load, classes_of, outcomes_from, told_as_json
 from routers import BUILD, LOAD_CORE, ROUTER_CORE, Router, nginx, on_core, ours, sglang_router, vllm_router
 from sim_fleet import Counters, Fleet, fleet_of, quantile
@@ -71,6 +72,7 @@ LEAST_S = 300.0
 
 #: of real time, at the 99th percentile: what the benchmark itself may be late by
 MOST_LATE_MS = 25.0
+MOST_STALLED_MS = 250.0
 
 
 class MeasuredRow(Row):
@@ -164,7 +166,7 @@ def run_arm(arm: str, load: Load, scenario: Scenario, rate: str) -> tuple[Measur
 def drive(load: Load, fleet: Fleet, router: Router, out: Path) -> tuple[Counters, Counters, CpuShares]:
     """Run the client to its end; the engines' counters at both ends of the judged window, and what was used of the cores in it."""
     command = on_core(LOAD_CORE, [sys.executable, str(Path(__file__).with_name("open_loop.py"))])
-    client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    client = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True)
     assert client.stdin is not None
     assert client.stdout is not None
     try:
@@ -197,6 +199,8 @@ def faults_of(row: MeasuredRow, load: Load) -> list[str]:
     found = [f"{name} {share['worst']:.0%} busy" for name, share in row["cpu"].items() if share["worst"] > MOST]
     late = {"requests sent": row["client_late_ms"], "steps": row["engines_late_ms"]}
     found += [f"{what} {times['p99']:.0f} ms late" for what, times in late.items() if times.get("p99", 0.0) > MOST_LATE_MS]
+    # an engine that has slept so long does not catch up with its steps
+    found += [f"{what} once {times['max']:.0f} ms late" for what, times in late.items() if times.get("max", 0.0) > MOST_STALLED_MS]
     if load.duration_s < LEAST_S:
         found.append(f"{load.duration_s:g} s judged")
     return found
@@ -212,17 +216,27 @@ def rate_rps(text: str, scenario: Scenario) -> float:
     return float(text) * capacity_rps(scenario, told=lambda line: print(line, flush=True), kept=default_store())
 
 
-def run_all(arms: Sequence[str], load: Load, rate: str, kept: ResultFile | None, minutes: float) -> list[MeasuredRow]:
+def run_all(
+    arms: Sequence[str], load: Load, rate: str, kept: ResultFile | None, *, minutes: float, quiet_minutes: float, again: bool
+) -> list[MeasuredRow]:
     scenario, began_s = load.scenario(), time.monotonic()
     arm_s = (load.warmup_s + load.duration_s) / load.speed + START_S
     rows: dict[str, Any] = {key: row for key, (row, _) in kept.results.items()} if kept is not None else {}
+    for row in rows.values():
+        row["faults"] = faults_of(row, load)
     for arm in arms:
-        if arm in rows:
+        if arm in rows and not (again and rows[arm]["faults"]):
             continue
         if minutes and time.monotonic() - began_s + arm_s > 60.0 * minutes:
             print(f"{arm}: would not end within {minutes:g} minutes; call again to run it", flush=True)
             continue
-        row, result = run_arm(arm, load, scenario, rate)
+        if quiet_minutes and not wait_for_quiet(quiet_minutes):
+            print(f"{arm}: the machine is busy with other work; run all the same", flush=True)
+        try:
+            row, result = run_arm(arm, load, scenario, rate)
+        except OSError as error:  # engines that get no time on their core answer nobody
+            print(f"{arm}: not measured: {error}", flush=True)
+            continue
         rows[arm] = row
         if kept is not None:
             kept.add(arm, row, curves_of(result))
@@ -317,6 +331,8 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ours", default="adaptive+load_balanced", help="POLICY+ROUTER, comma-separated")
     parser.add_argument("--agree", action="store_true", help="run our arms in virtual time, too")
     parser.add_argument("--minutes", type=float, default=0.0, help="no arm is begun that would end later; 0: no bound")
+    parser.add_argument("--quiet-minutes", type=float, default=0.0, help="wait so long for other work to end before each arm")
+    parser.add_argument("--again", action="store_true", help="with --resume: run again what has a fault")
     parser.add_argument("--resume", type=Path, help="keep each row there, and do not run again what is there")
     parser.add_argument("--json", type=Path, help="write everything there")
     return parser.parse_args(arguments)
@@ -325,6 +341,7 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     given = parsed(arguments)
     BUILD.mkdir(parents=True, exist_ok=True)
+    prompt_wakeups()
     load = Load(
         given.trace, given.fleet, 1.0, given.warmup_s, given.duration_s, given.tail_s, given.slo, given.seed, given.speed
     )  # fmt: skip
@@ -337,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     minutes_each = ((load.warmup_s + load.duration_s) / load.speed + START_S) / 60
     print(f"{load.trace} at {rps:.3g} requests/s on {load.fleet}, {load.speed:g} model seconds a second", flush=True)
     print(f"{len(arms)} arms, {minutes_each:.1f} minutes each", flush=True)
-    rows = run_all(arms, load, given.rate, kept, given.minutes)
+    rows = run_all(arms, load, given.rate, kept, minutes=given.minutes, quiet_minutes=given.quiet_minutes, again=given.again)
     found = [agreement(row["arm"], row, load.scenario()) for row in rows if given.agree and ":" not in row["arm"]]
     if rows:
         print("\n" + table(rows))
@@ -355,5 +372,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     return document
 
 
+def _stop(*_: object) -> None:
+    raise SystemExit("stopped")  # so that what was started is ended on the way out
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _stop)
     main()

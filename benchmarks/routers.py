@@ -130,7 +130,7 @@ def launch(name: str, port: int, command: list[str], *, descriptors: int | None 
     BUILD.mkdir(parents=True, exist_ok=True)
     limit = ["prlimit", f"--nofile={descriptors}:{descriptors}"] if descriptors else []
     with (BUILD / f"{name.replace(' ', '-')}.log").open("wb") as log:
-        process = subprocess.Popen([*limit, *on_core(ROUTER_CORE, command)], stdout=log, stderr=log)
+        process = subprocess.Popen([*limit, *on_core(ROUTER_CORE, command)], stdout=log, stderr=log, start_new_session=True)
     router = Router(name, port, process)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:

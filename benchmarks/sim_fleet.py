@@ -113,9 +113,12 @@ class Fleet:
     def stop(self) -> None:
         if self.process.poll() is None:
             self.process.terminate()
-            with contextlib.suppress(ValueError):
+            try:
+                self.process.wait(30)
                 self.late_ms = json.loads(self._line())
-        self.process.wait(30)
+            except (subprocess.TimeoutExpired, ValueError):  # it hung, or was killed by somebody else
+                self.process.kill()
+        self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()
 
@@ -128,7 +131,7 @@ class Fleet:
 def fleet_of(fleet: str, *, speed: float, seed: int, jitter: float = 0.02) -> Iterator[Fleet]:
     """Fresh engines on the load's core."""
     command = [sys.executable, __file__, "--fleet", fleet, "--speed", str(speed), "--seed", str(seed), "--jitter", str(jitter)]
-    running = Fleet(subprocess.Popen(on_core(LOAD_CORE, command), stdout=subprocess.PIPE, text=True))
+    running = Fleet(subprocess.Popen(on_core(LOAD_CORE, command), stdout=subprocess.PIPE, text=True, start_new_session=True))
     try:
         yield running
     finally:
