@@ -5,8 +5,10 @@
 #   make test-pure   the same tests, over the sources as plain Python where compiled modules are there
 #   make compile     compiles the modules that pyproject.toml lists again, in place (needs a C compiler)
 #   make test-real   installs a real vLLM (CPU) and runs the tests against two of its servers
+#   make test-browser  runs the tests of the pages it makes in a real browser: one that is there, or one that it installs
 #   make fuzz        any bytes against the server, the client's side and the reading of bodies, FUZZ_SECONDS each (300)
 #   make bench       what relaying costs, beside a bare relay, nginx and vllm-router (installs the last into an environment of its own)
+#   make calibration   calibrates a real vLLM (CPU) and replays work on it and on its model; half an hour on two cores that do nothing else
 #   make check       ruff, mypy and the layers contract
 #   make wheel       builds the wheel, installs it into an environment of its own and tries it
 #   make clean       removes what the others made
@@ -18,7 +20,7 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-pure compile test-real fuzz bench check wheel clean
+.PHONY: help demo test test-pure compile test-real browser test-browser fuzz bench calibration check wheel clean
 
 help:
 	@sed -n '3,$$ { /^#   /!q; s/^#   //p }' $(firstword $(MAKEFILE_LIST))
@@ -71,6 +73,15 @@ test-real: $(VENV)/.installed-test
 	scripts/real_vllm/install.sh
 	cd tests/control_plane && $(BIN)/python -m pytest -v -m real --timeout 300 $(PYTEST_ARGS)
 
+# No step of its own for the browser in `make test`: playwright and a browser are some 500 MB.
+browser: $(VENV)/.installed-test
+	@$(BIN)/python -c "import playwright" 2>/dev/null || $(PIP) install -e '.[browser]'
+	scripts/browser.sh $(BIN)/python
+
+test-browser: browser
+	BROWSER_PATH=$$(scripts/browser.sh $(BIN)/python) && export BROWSER_PATH && \
+	cd tests/control_plane && $(BIN)/python -m pytest -v -m browser $(PYTEST_ARGS)
+
 FUZZ_SECONDS ?= 300
 # Over the sources: what guides atheris is the Python code that an input reaches.
 fuzz: $(VENV)/.installed-test
@@ -89,6 +100,11 @@ bench: $(VENV)/.installed-dev $(BENCH_VENV)/.made
 	VLLM_ROUTER=$(abspath $(BENCH_VENV))/bin/vllm-router $(BIN)/python benchmarks/gateway.py --json build/bench/gateway.json $(BENCH_ARGS)
 	$(BIN)/python benchmarks/decision.py
 
+calibration: $(VENV)/.installed-test
+	@$(COMPILE_CHANGED)
+	scripts/real_vllm/install.sh
+	$(BIN)/python benchmarks/calibration.py $(CALIBRATION_ARGS)
+
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -104,6 +120,7 @@ wheel: $(VENV)/.installed-dev
 	cd build && wheel-venv/bin/control-plane --help
 	cd build && wheel-venv/bin/control-plane --version
 	cd build && wheel-venv/bin/control-plane demo --duration-s 4 --seed 1
+	cd build && wheel-venv/bin/python -P -c "from control_plane.simulator.page import page_of; assert 'uPlot' in page_of({})"
 	cd build && CONTROL_PLANE_PURE=1 wheel-venv/bin/control-plane --version
 	cd build && CONTROL_PLANE_PURE=1 wheel-venv/bin/control-plane demo --duration-s 4 --seed 1
 

@@ -5,6 +5,7 @@ from control_plane import compiled
 compiled.choose()
 
 from control_plane.errors import (
+    BodyMemoryFull,
     BudgetExhausted,
     ConfigurationError,
     ControlPlaneError,
@@ -67,6 +68,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptivePolicy",
+    "BodyMemoryFull",
     "BudgetExhausted",
     "ConfigurationError",
     "ControlPlaneError",

@@ -63,7 +63,10 @@ class Attempt:
     def started(self, status: int, headers: Headers, call: Call) -> None:
         self.sent = True
         self.call = call
-        self.job.sink.started(status, headers, call)
+        job = self.job
+        if not job.wire.body:
+            job.let_go_of_body()  # as the engine has: it is not sent again
+        job.sink.started(status, headers, call)
 
     def tokens(self, n: int, first_s: float, last_s: float) -> None:
         job = self.job

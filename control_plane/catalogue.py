@@ -139,6 +139,9 @@ _MODELS = (
     ModelSpec("llama3-8b", 8.03, 32, 4096, 32, 8, 128, 14336, 128256, 8192),
     # meta-llama/Meta-Llama-3-70B
     ModelSpec("llama3-70b", 70.55, 80, 8192, 64, 8, 128, 28672, 128256, 8192),
+    # meta-llama/Llama-3.1-8B and -70B (Llama-3.3-70B likewise): the shapes of Llama 3, contexts of 131,072 tokens
+    ModelSpec("llama3.1-8b", 8.03, 32, 4096, 32, 8, 128, 14336, 128256, 131072),
+    ModelSpec("llama3.1-70b", 70.55, 80, 8192, 64, 8, 128, 28672, 128256, 131072),
     # Qwen/Qwen3-8B
     ModelSpec("qwen3-8b", 8.19, 36, 4096, 32, 8, 128, 12288, 151936, 40960),
     # Qwen/Qwen3-32B
@@ -163,7 +166,7 @@ DEFAULT_PARAMETERS_B: Final = 8.0
 
 def guess_model(model_name: str) -> ModelSpec:
     """The catalogue's model whose name is found in ``model_name``; else a dense one of the size that the name tells; else 8 B."""
-    lowered = model_name.lower().replace("llama-3.1", "llama-3").replace("llama-3.3", "llama-3")
+    lowered = model_name.lower().replace("llama-3.3", "llama-3.1")
     plain = re.sub(r"[^a-z0-9]", "", lowered)
     by_length = sorted(MODELS.values(), key=lambda known: -len(known.name))
     for known in by_length:

@@ -15,6 +15,7 @@
      ├─ PayloadTooLarge         413  payload_too_large
      ├─ RateLimited             429  rate_limited
      ├─ QueueFull               429  queue_full
+     ├─ BodyMemoryFull          503  body_memory_full      request bodies hold as much memory as they may
      ├─ NoInstanceAvailable     503  no_instance_available
      ├─ DeadlineUnreachable     503  deadline_unreachable
      ├─ Draining                503  draining
@@ -154,6 +155,15 @@ class QueueFull(ControlPlaneError):
     code = "queue_full"
     http_status = 429
     error_type = "rate_limit_error"
+    default_retry_after_s = 1.0
+
+
+class BodyMemoryFull(ControlPlaneError):
+    """Request bodies, those being read, waiting and running together, hold as much memory as they may (``max_body_memory_bytes``)."""
+
+    code = "body_memory_full"
+    http_status = 503
+    error_type = "service_unavailable_error"
     default_retry_after_s = 1.0
 
 

@@ -151,6 +151,7 @@ MANAGER: Final[Mapping[str, Rule]] = {
     "default_model": _TEXT_OR_NONE,
     "queue_max_requests": _COUNT,
     "queue_max_bytes": _COUNT,
+    "max_body_memory_bytes": Number(1, whole=True, none="4 GiB or a quarter of the memory"),
     "queue_timeout_s": _WAIT,
     "no_instance_timeout_s": _WAIT,
     "drain_timeout_s": Number(endless=True),

@@ -8,6 +8,7 @@ import copy
 from datetime import datetime
 from typing import Final, NamedTuple, Protocol
 
+from control_plane.body_memory import BodyMemory
 from control_plane.protocols import Call, Sink, WireRequest
 from control_plane.types import ExecutionInstance, RequestKind, RequestMetadata, RequestStatus, SchedulingDecision, Usage
 
@@ -33,6 +34,7 @@ class Job:
     """``*_s`` are monotonic seconds; 0.0 means the point was not reached."""
 
     __slots__ = (
+        "_body_memory",
         "arrival_s",
         "attempts",
         "call",
@@ -42,6 +44,7 @@ class Job:
         "error",
         "filled_in",
         "first_token_s",
+        "held_bytes",
         "input_tokens",
         "instance",
         "key",
@@ -115,6 +118,9 @@ class Job:
         self.call: Call | None = None
         self.usage: Usage | None = None
         self.error: Exception | None = None
+        #: bytes of its body that are counted in the memory of bodies
+        self.held_bytes = 0
+        self._body_memory: BodyMemory | None = None
 
     @property
     def decision(self) -> SchedulingDecision | None:
@@ -157,6 +163,16 @@ class Job:
         self.request.extra_body = {}
         self.owner = None
 
-    @property
-    def body_bytes(self) -> int:
-        return len(self.wire.body)
+    def hold_body(self, memory: BodyMemory) -> None:
+        """It was accepted: its body, which fits there, counts until :meth:`let_go_of_body`."""
+        self._body_memory = memory
+        self.held_bytes = len(self.wire.body)
+        memory.take(self.held_bytes)
+
+    def let_go_of_body(self) -> None:
+        """Nobody holds the body any more. May repeat."""
+        memory = self._body_memory
+        if memory is not None:
+            self._body_memory = None
+            memory.give_back(self.held_bytes)
+            self.held_bytes = 0

@@ -14,6 +14,7 @@ from typing import Final
 
 from control_plane.admission import admit
 from control_plane.attempts import Attempt, Attempts
+from control_plane.body_memory import BodyMemory
 from control_plane.clock import Clock
 from control_plane.dispatch import Dispatcher
 from control_plane.engines import AnswerSink, build_wire
@@ -63,6 +64,7 @@ class RequestLifecycle:
         *,
         clock: Clock,
         queue: RequestQueue,
+        memory: BodyMemory,
         fleet: Fleet,
         attempts: Attempts,
         records: RequestRecords,
@@ -84,6 +86,7 @@ class RequestLifecycle:
         self.closed = False
         self.drained: asyncio.Future[None] | None = None
         self._clock = clock
+        self._memory = memory
         self._fleet = fleet
         self._runner = attempts
         self._metrics = metrics
@@ -136,7 +139,8 @@ class RequestLifecycle:
                 raise Draining("the control plane is stopping and takes no new requests")
             now_s = self._clock.now_s()
             lane = self._lane(model, kind, pinned, wire)
-            if not request.request_id or self.records.taken(request.request_id):
+            fields: RequestFields = request
+            if not fields.request_id or self.records.taken(fields.request_id):
                 self._name(request)
             job = Job(request, lane, wire, sink, now_s, owner)
             room = self._take_in(job, named=bool(model))
@@ -145,7 +149,6 @@ class RequestLifecycle:
             raise
         arrival = self._clock.utc(now_s)
         if owner is None:
-            fields: RequestFields = request
             fields.arrival_time = fields.queue_time = arrival
         else:
             owner.request_id = job.request_id
@@ -175,14 +178,19 @@ class RequestLifecycle:
     def _take_in(self, job: Job, *, named: bool) -> list[ExecutionInstance] | None:
         """Admit it where it can be judged already. The instances with room where it may start at once, before anybody waits; else None,
         and it is in the queue. Raises what :meth:`accept` raises and leaves nothing behind."""
+        room: list[ExecutionInstance] | None = None
         if self.running and job.lane.model:
             room = self._admit(job, named=named)
-            if room and self.dispatcher.starts_at_once(job.lane):
-                return room
         else:
             self._postpone(job)
-        self.queue.push(job)
-        return None
+        size = len(job.wire.body)
+        if not self._memory.fits(size):
+            raise self._memory.full(size)
+        if not (room and self.dispatcher.starts_at_once(job.lane)):
+            room = None
+            self.queue.push(job)
+        job.hold_body(self._memory)
+        return room
 
     def _postpone(self, job: Job) -> None:
         """It is judged later; that it can be written, and how large it is, is known now."""

@@ -15,6 +15,7 @@ from typing import Any, Literal, overload
 
 from control_plane import field_rules
 from control_plane.admission import kind_of, validate_request
+from control_plane.body_memory import BodyMemory
 from control_plane.clock import Clock, SystemClock
 from control_plane.dispatch import Dispatcher
 from control_plane.engines import AnswerSink, StreamSink, delta_text
@@ -63,6 +64,8 @@ class ControlPlaneManager:
         enable_auto_scaling: not available yet; True raises ConfigurationError.
         default_model: what a request without ``model_name`` means where several models are served.
         queue_max_requests, queue_max_bytes: bounds of the queue; beyond them QueueFull.
+        max_body_memory_bytes: bound of all request bodies held at once, being read, waiting and running; beyond it BodyMemoryFull.
+            None: 4 GiB, or a quarter of the memory that the process may use where that is less.
         queue_timeout_s: longest wait in the queue; no_instance_timeout_s: longest wait for any usable instance.
         drain_timeout_s: how long :meth:`stop` lets accepted requests finish.
         connect_timeout_s, first_byte_timeout_s, chunk_timeout_s, total_timeout_s: time limits towards engines, None is none.
@@ -88,6 +91,7 @@ class ControlPlaneManager:
         default_model: str | None = None,
         queue_max_requests: int = 10_000,
         queue_max_bytes: int = 1024**3,
+        max_body_memory_bytes: int | None = None,
         queue_timeout_s: float = 600.0,
         no_instance_timeout_s: float = 30.0,
         drain_timeout_s: float = 120.0,
@@ -143,6 +147,8 @@ class ControlPlaneManager:
             rng=Random(self._rng.random()),
         )
         self.fleet: Fleet = self.executor.fleet
+        #: what bodies hold, here and in a gateway in front
+        self.body_memory = BodyMemory(max_body_memory_bytes)
         self.queue = RequestQueue(max_requests=queue_max_requests, max_bytes=queue_max_bytes)
         self.router = self._make_router(routing_strategy)
         self.load_balancer = LoadBalancer()
@@ -154,6 +160,7 @@ class ControlPlaneManager:
         self.lifecycle = RequestLifecycle(
             clock=self.clock,
             queue=self.queue,
+            memory=self.body_memory,
             fleet=self.executor.fleet,
             attempts=self.executor.attempts,
             records=self._records,
@@ -262,8 +269,8 @@ class ControlPlaneManager:
     async def submit_request(self, request: RequestMetadata) -> str:
         """Accept a request and return its id; the answer is fetched by :meth:`get_request_status` or :meth:`result`.
 
-        Before :meth:`start` it waits. Raises InvalidRequest (naming the field), ModelNotFound, QueueFull, BudgetExhausted,
-        DeadlineUnreachable or Draining; then nothing is kept.
+        Before :meth:`start` it waits. Raises InvalidRequest (naming the field), ModelNotFound, QueueFull, BodyMemoryFull,
+        BudgetExhausted, DeadlineUnreachable or Draining; then nothing is kept.
         """
         return self._accept_own(request, AnswerSink(), stream=False).request_id
 

@@ -54,6 +54,7 @@ class RequestRecords:
         """``job`` reached a final state: keep what people may ask for, drop its body."""
         self._live.pop(job.request_id, None)
         job.wire = _ENDED_WIRES[job.wire.stream]
+        job.let_go_of_body()
         job.call = None
         fields: RequestFields = job.request
         fields.prompt_head = b""

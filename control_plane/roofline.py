@@ -21,10 +21,12 @@ import difflib
 import math
 import re
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 from control_plane.catalogue import GIB, GPUS, MODELS, GpuSpec, ModelSpec, guess_model
 from control_plane.errors import InvalidRequest
+from control_plane.fitted_step import FittedStep
+from control_plane.profile_file import MEASURED, ProfileFile, is_path, load
 
 __all__ = [
     "GPUS",
@@ -42,17 +44,24 @@ __all__ = [
     "step_s",
 ]
 
-# Fitted to Vidur's operator tables (github.com/microsoft/vidur, 7d475133: A100 Llama-3-8B, H100 Llama-2-7B and 70B; TP 1 to 8; 1 to 8,192
-# tokens; all operators of a layer but attention): mean error 5.5 %, at most 8 % for any model and TP. Matrix products reach 0.72 of the
-# peak rate and read weights at 0.80 of the peak bandwidth, element-wise kernels move activations at 0.60 of it, and a layer costs 30 us
-# however few the tokens are.
-COMPUTE_EFFICIENCY: Final = 0.72
-BANDWIDTH_EFFICIENCY: Final = 0.80
-ELEMENTWISE_EFFICIENCY: Final = 0.60
-LAYER_OVERHEAD_S: Final = 30e-6
-# The same project's tables of NCCL all-reduces: 7 us (2 ranks) to 38 us (8 ranks) at 2 KiB; 0.5 to 0.8 of the link at 15 to 67 MB.
-ALL_REDUCE_LATENCY_S: Final = 15e-6
+# Fitted to Vidur's operator tables (github.com/microsoft/vidur, 7d475133: A100 Llama-3-8B, H100 Llama-2-7B and 70B; TP 1 to 8; 1 to
+# 8,192 tokens; all operators of a layer but attention) by `benchmarks/roofline_error.py --fit`: matrix products reach 0.69 of the peak rate
+# and read weights at 0.88 of the peak bandwidth, element-wise kernels move activations at 0.58 of it, and a layer costs 37 us however few
+# the tokens are. Mean error of a layer 6.1 % with models, TP and numbers of tokens weighing alike; each table alone would give 0.68 to
+# 0.73, 0.80 to 0.89, 0.48 to 0.74 and 33 to 46 us. docs/SIMULATION_ENGINE.md has the errors by operator and size.
+COMPUTE_EFFICIENCY: Final = 0.69
+BANDWIDTH_EFFICIENCY: Final = 0.88
+ELEMENTWISE_EFFICIENCY: Final = 0.58
+LAYER_OVERHEAD_S: Final = 37e-6
+# The same project's tables of NCCL all-reduces (A100 and H100 DGX, 2 to 8 ranks, 2 KiB to 64 MiB): a mean error of 20 % (15 % on H100,
+# 26 % on A100). Each table alone would give 17 us (H100, 2 ranks) to 39 us (A100, 8 ranks) and 0.51 to 0.84 of the link. They were called
+# one by one from the host; vLLM's own kernels within CUDA graphs, which it takes for small ones on NVLink, are faster, by how much was not
+# measured here.
+ALL_REDUCE_LATENCY_2_S: Final = 20e-6
+ALL_REDUCE_LATENCY_S: Final = 30e-6
 INTERCONNECT_EFFICIENCY: Final = 0.65
+# An assumption: handing the activations of a step to the next pipeline stage.
+HOP_LATENCY_S: Final = 15e-6
 # On H100 FlashAttention-2 reaches 35 % of the peak and FlashAttention-3 up to 75 % at long sequences (arXiv:2407.08608, abstract).
 ATTENTION_EFFICIENCY: Final = 0.40
 # An assumption until `calibrate` has measured it: scheduling, sampling and host synchronisation of one vLLM V1 step.
@@ -86,6 +95,11 @@ class EngineProfile:
         compute_efficiency, bandwidth_efficiency: share of the data sheet's peak that matrix products reach.
         step_overhead_s: seconds of a step that do not depend on its tokens, beside those of the layers.
         max_model_len_tokens: longest context served; 0: the model's own, or what the KV cache holds if that is less.
+        kv_block_count_override: KV blocks, where the engine told them (vLLM's ``num_gpu_blocks``); None: reckoned.
+        request_s, prompt_token_s: what a request costs beside the engine's steps (HTTP, hand-over), in itself and for each token of its
+            prompt; measured, 0 in the catalogue.
+        request_serial_s: the part of request_s that is done for one request after another.
+        fitted: step times that were measured; they replace the roofline.
         cost: worked out from the rest.
     """
 
@@ -102,12 +116,19 @@ class EngineProfile:
     bandwidth_efficiency: float = BANDWIDTH_EFFICIENCY
     step_overhead_s: float = STEP_OVERHEAD_S
     max_model_len_tokens: int = 0
+    kv_block_count_override: int | None = None
+    request_s: float = 0.0
+    request_serial_s: float = 0.0
+    prompt_token_s: float = 0.0
+    fitted: FittedStep | None = None
     cost: StepCost = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name in ("tensor_parallel_size", "pipeline_parallel_size", "block_size_tokens", "max_num_seqs", "max_num_batched_tokens"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(f"{name} {getattr(self, name)} is below 1", param=name)
+        if self.kv_block_count_override is not None and self.kv_block_count_override < 1:
+            raise InvalidRequest(f"kv_block_count_override {self.kv_block_count_override} is below 1", param="kv_block_count_override")
         if self.max_model_len_tokens <= 0:
             held = self.kv_block_count * self.block_size_tokens
             longest = min(self.model.max_model_len_tokens, held) or self.model.max_model_len_tokens
@@ -135,8 +156,10 @@ class EngineProfile:
     def kv_block_count(self) -> int:
         """Blocks of the KV cache: what ``gpu_memory_utilization`` leaves after weights, the peak of activations and the runtime.
 
-        This is vLLM's own reckoning (``determine_available_memory``). 0: the model does not fit.
+        This is vLLM's own reckoning (``determine_available_memory``). 0: the model does not fit. An engine's own count goes before it.
         """
+        if self.kv_block_count_override is not None:
+            return self.kv_block_count_override
         taken = self.weights_bytes_per_gpu + self.activation_bytes_per_gpu + RUNTIME_BYTES
         free = self.gpu.memory_bytes * self.gpu_memory_utilization - taken
         return max(0, int(free // (self.kv_bytes_per_token_per_gpu * self.block_size_tokens)))
@@ -162,6 +185,11 @@ def kv_bytes_per_token_per_gpu(model: ModelSpec, tensor_parallel_size: int, pipe
     return model.kv_bytes_per_token * heads_share * layers_share
 
 
+def all_reduce_latency_s(ranks: int) -> float:
+    """Seconds of an all-reduce of next to nothing."""
+    return ALL_REDUCE_LATENCY_2_S if ranks <= 2 else ALL_REDUCE_LATENCY_S
+
+
 def _step_cost(p: EngineProfile) -> StepCost:
     model, tp, pp = p.model, p.tensor_parallel_size, p.pipeline_parallel_size
     flops = p.gpu.tflops_bf16 * 1e12 * tp
@@ -175,7 +203,7 @@ def _step_cost(p: EngineProfile) -> StepCost:
     reduces = 2 * model.layers if tp > 1 else 0
     hops = pp - 1
     return StepCost(
-        overhead_s=p.step_overhead_s + model.layers * LAYER_OVERHEAD_S + reduces * ALL_REDUCE_LATENCY_S + hops * ALL_REDUCE_LATENCY_S,
+        overhead_s=p.step_overhead_s + model.layers * LAYER_OVERHEAD_S + reduces * all_reduce_latency_s(tp) + hops * HOP_LATENCY_S,
         weights_s=(model.read_parameters - experts) * model.bytes_per_weight / (bandwidth * tp),
         experts_s=experts * model.bytes_per_weight / (bandwidth * tp),
         expert_miss=1.0 - model.experts_per_token / model.experts if model.is_moe else 0.0,
@@ -209,6 +237,7 @@ def step_s(
     decode_sequences: int,
     decode_context_tokens: int,
     prefill_sequences: int = 1,
+    prefill_pairs: float | None = None,
 ) -> float:
     """Seconds of one engine step; 0.0 for an empty one.
 
@@ -217,11 +246,21 @@ def step_s(
         prefill_context_tokens: tokens of those sequences that were in the KV cache before it (prefix hits, earlier chunks).
         decode_sequences: sequences that get one token each.
         decode_context_tokens: their context lengths, added up.
-        prefill_sequences: over how many sequences the prefill tokens are spread (taken as even).
+        prefill_sequences: over how many sequences the prefill tokens are spread.
+        prefill_pairs: pairs of such a token and a token that it attends to, added up; None: those of an even spread.
 
     A mixture reads an expert when any token of the step chose it: 1 - (1 - k/E)^tokens of them, for even routing. With PP this is the
     time of one batch through all stages; up to PP batches overlap.
     """
+    if p.fitted is not None:
+        return p.fitted(
+            prefill_tokens=prefill_tokens,
+            prefill_context_tokens=prefill_context_tokens,
+            decode_sequences=decode_sequences,
+            decode_context_tokens=decode_context_tokens,
+            prefill_sequences=prefill_sequences,
+            prefill_pairs=prefill_pairs,
+        )
     cost = p.cost
     tokens = prefill_tokens + decode_sequences
     if tokens <= 0:
@@ -233,7 +272,9 @@ def step_s(
     total_s = cost.overhead_s + tokens * cost.token_moved_s + decode_context_tokens * cost.decode_context_s
     if prefill_tokens > 0:
         compute_s += prefill_sequences * cost.sampled_s
-        pairs = prefill_tokens * (prefill_context_tokens + 0.5 * prefill_tokens) / prefill_sequences
+        pairs = prefill_pairs
+        if pairs is None:
+            pairs = prefill_tokens * (prefill_context_tokens + 0.5 * prefill_tokens) / prefill_sequences
         total_s += max(pairs * cost.pair_s, (prefill_context_tokens + prefill_tokens) * cost.kv_read_s)
     return total_s + math.sqrt(read_s * read_s + compute_s * compute_s)
 
@@ -260,11 +301,14 @@ _PROFILE: Final = re.compile(r"(?P<gpu>[a-z0-9]+?)(?:x(?P<tp>[1-9]\d{0,2}))?-(?P
 
 
 def profile(name: str) -> EngineProfile:
-    """``GPU[xTP]-MODEL``: ``h100-llama3-8b``, ``h100x4-llama3-70b`` (TP 4).
+    """``GPU[xTP]-MODEL``: ``h100-llama3-8b``, ``h100x4-llama3-70b`` (TP 4); or the path of a file (``.yaml``, ``.yml``, ``.json``).
 
     Raises:
-        InvalidRequest: an unknown GPU or model (the nearest profile is named), or a model that does not fit there.
+        InvalidRequest: an unknown GPU or model (the nearest profile is named), a model that does not fit there, or a file that is not
+            there or is no profile.
     """
+    if is_path(name):
+        return _of_file(name, load(name))
     found = _PROFILE.fullmatch(name.strip().lower())
     gpu = GPUS.get(found["gpu"]) if found else None
     model = MODELS.get(found["model"]) if found else None
@@ -279,6 +323,34 @@ def profile(name: str) -> EngineProfile:
         raise InvalidRequest(
             f"profile {name!r}: the model does not fit on {built.tensor_parallel_size} of these GPUs{more}", param="profile"
         )
+    return built
+
+
+def _of_file(path: str, told: ProfileFile) -> EngineProfile:
+    """The profile that a file describes: its base with what it says otherwise, or model and GPU of its own. Its name is the path, by which
+    it is found again."""
+    sizes = {
+        "tensor_parallel_size": told.tensor_parallel_size,
+        "pipeline_parallel_size": told.pipeline_parallel_size,
+        "block_size_tokens": told.block_size_tokens,
+        "kv_block_count_override": told.kv_block_count,
+        "max_num_seqs": told.max_num_seqs,
+        "max_num_batched_tokens": told.max_num_batched_tokens,
+        "request_s": told.request_s,
+        "request_serial_s": told.request_serial_s,
+        "prompt_token_s": told.prompt_token_s,
+        "fitted": told.step_time,
+    }
+    given: dict[str, Any] = {name: value for name, value in sizes.items() if value is not None}
+    given["max_model_len_tokens"] = told.max_model_len_tokens or 0
+    if told.base is not None:
+        built = replace(profile(told.base), name=path, **given)
+    elif told.model is not None:
+        built = EngineProfile(path, told.gpu or MEASURED, told.model, **given)
+    else:
+        raise InvalidRequest(f"profile {path!r}: neither base nor model is given", param="profile")
+    if not built.kv_block_count:
+        raise InvalidRequest(f"profile {path!r}: the model does not fit there, and no kv_block_count is given", param="profile")
     return built
 
 

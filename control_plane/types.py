@@ -392,7 +392,8 @@ class ExecutionInstance(LiveState):
     served_models: list[str] = field(default_factory=list)
     supported_request_types: set[str] | None = None
     warmup: bool = False
-    #: the model and GPU catalogue entry its prior comes from, such as ``h100-llama3-8b``; None: guessed from the model's name
+    #: what its prior comes from: a model and GPU of the catalogue, such as ``h100-llama3-8b``, or a profile's file (``.yaml``); None:
+    #: guessed from the model's name
     profile: str | None = None
     #: predicted milliseconds of work placed here and not finished (written by the fleet)
     outstanding_ms: float = 0.0

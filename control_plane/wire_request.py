@@ -15,7 +15,8 @@ class WireRequest:
 
     ``headers`` are those to pass on (authorization, x-request-id), with the content type where there are any; ``lines`` are the same
     as they stand in a head, where somebody has them ready. ``stream``: the answer is an event stream. ``hide_usage``: the engine was
-    asked for a closing usage event that the client did not ask for. Not changed once made.
+    asked for a closing usage event that the client did not ask for. Not changed once made, but for a body that is let go once an answer
+    has begun.
     """
 
     __slots__ = ("body", "headers", "hide_usage", "lines", "method", "path", "stream")

@@ -123,7 +123,7 @@ def sim_engine(
     port: Annotated[int, typer.Option(parser=_number(0, 65_535), help="0: any free one.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     model: Annotated[str | None, typer.Option(metavar="NAME", help="The model name it answers to; the profile's when left out.")] = None,
-    profile: Annotated[str, typer.Option(help="Which model on which GPU it imitates.")] = "h100-llama3-8b",
+    profile: Annotated[str, typer.Option(help="Which model on which GPU it imitates, or a profile's file.")] = "h100-llama3-8b",
     speed: Annotated[float, typer.Option(parser=_number(0.001, 10_000, whole=False), help="10 runs its clock ten times faster.")] = 1.0,
     seed: Annotated[int, typer.Option(parser=_number(0, 2**63), help="Of its ids.")] = 0,
     kind: Annotated[str, typer.Option(help="generate, or embedding (embeddings, rerank, score).")] = "generate",
@@ -131,6 +131,10 @@ def sim_engine(
     max_model_len: Annotated[
         int | None, typer.Option(parser=_number(1, 2**31), help="Longest context in tokens, if less than the profile's.")
     ] = None,
+    max_num_seqs: Annotated[int | None, typer.Option(parser=_number(1, 2**31), help="As in vLLM; the profile's when left out.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(parser=_number(1, 2**31), help="As in vLLM, likewise.")] = None,
+    block_size: Annotated[int | None, typer.Option(parser=_number(1, 4096), help="Tokens of a KV block, likewise.")] = None,
+    num_gpu_blocks_override: Annotated[int | None, typer.Option(parser=_number(1, 2**31), help="KV blocks, likewise.")] = None,
     prefix_caching: Annotated[bool, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="As in vLLM.")] = True,
 ) -> None:
     """A simulated vLLM server: its paths, streams and metrics, in the time that the profile's hardware would take.
@@ -151,10 +155,48 @@ def sim_engine(
         kind=kind,
         scheduling_policy=scheduling_policy,
         max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        block_size=block_size,
+        num_gpu_blocks_override=num_gpu_blocks_override,
         prefix_caching=prefix_caching,
         responses_store=os.environ.get("VLLM_ENABLE_RESPONSES_API_STORE", "0") not in ("", "0"),
         loop_factory=uvloop.new_event_loop,
     )
+
+
+@app.command("calibrate")
+def calibrate_server(
+    engine: Annotated[str, typer.Option("--engine", metavar="URL", help="The server to measure; it must be idle.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The profile to write (.yaml).")],
+    name: Annotated[str | None, typer.Option(help="The profile's name; the file's when left out.")] = None,
+    model: Annotated[str | None, typer.Option(metavar="NAME", help="Which of its models; the first when left out.")] = None,
+    base: Annotated[str | None, typer.Option(metavar="PROFILE", help="Catalogue profile for sizes and prices: h100-llama3-8b.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="CONTROL_PLANE_ENGINE_API_KEY", help="Key of the server.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer points, one round: a first look.")] = False,
+    rounds: Annotated[int, typer.Option(parser=_number(1, 100), help="How often each point is measured; the median counts.")] = 5,
+    budget_s: Annotated[float, typer.Option(parser=_number(1, 86_400, whole=False), help="No point is begun after so long.")] = 900.0,
+    max_concurrency: Annotated[int, typer.Option(parser=_number(1, 4_096), help="Requests at once, at most.")] = 32,
+    max_num_seqs: Annotated[int | None, typer.Option(parser=_number(1, 2**20), help="The server's flag, where it is known.")] = None,
+    max_num_batched_tokens: Annotated[int | None, typer.Option(parser=_number(1, 2**24), help="Likewise.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(parser=_number(2, 2**31), help="Likewise, where /v1/models tells none.")] = None,
+    block_size: Annotated[int | None, typer.Option(parser=_number(1, 2**20), help="KV block, where /metrics tells none.")] = None,
+    kv_blocks: Annotated[int | None, typer.Option(parser=_number(1, 2**31), help="KV blocks, likewise.")] = None,
+    seed: Annotated[int | None, typer.Option(parser=_number(0, 2**63), help="Of the prompts; drawn when left out.")] = None,
+) -> None:
+    """Measure a real server with a bounded load and write a profile for the simulator and sim-engine."""
+    from control_plane.calibration import Given, Options, run_calibrate
+
+    given = Given(
+        model=model,
+        max_model_len_tokens=max_model_len,
+        block_size_tokens=block_size,
+        kv_block_count=kv_blocks,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )
+    options = Options(given=given, rounds=1 if quick else rounds, quick=quick, budget_s=budget_s, seed=seed)
+    raise typer.Exit(run_calibrate(engine, out, most=max_concurrency, api_key=api_key, name=name, base=base, options=options))
 
 
 @app.command()
@@ -311,6 +353,23 @@ def top(
 ) -> None:
     """A running gateway at a glance, renewed until Ctrl-C."""
     _operate("top", url, admin_key, interval_s=interval_s, count=count)
+
+
+@app.command()
+def record(
+    out: Annotated[str, typer.Option("--out", metavar="FILE", help="The trace; `-` is standard output.")],
+    url: Url = DEFAULT_URL,
+    admin_key: AdminKey = None,
+    duration_s: Annotated[
+        float | None, typer.Option(parser=_number(1, 1e8, whole=False), help="How long; until Ctrl-C when left out.")
+    ] = None,
+) -> None:
+    """A running gateway's traffic as a trace, without its texts: lengths, times, classes and keyed hashes of prompts' beginnings."""
+    from control_plane.cli import operate
+    from control_plane.cli.record import record as run
+
+    with closing(operate.AdminClient(url, admin_key)) as client:
+        run(client, out, duration_s)
 
 
 def _operate(command: str, url: str, admin_key: str | None, **arguments: Any) -> None:

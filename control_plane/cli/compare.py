@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from control_plane.simulator.capacity import default_store
 from control_plane.simulator.compare import Comparison, Job, Plan, document_of, prepare, run_all
@@ -38,10 +38,9 @@ def run_compare(
 
     plan = prepare(comparison, told=told, kept=None if fresh_capacity else default_store(), results=kept)
     if plan.left_out:
-        share = plan.left_out / (plan.left_out + plan.requests)
         told(
-            f"{plan.left_out} requests ({share:.0%}) are longer than the {plan.fleet.context_tokens} tokens that every engine holds, and "
-            "are left out; a model with a longer context (llama3.1-8b) runs them all"
+            f"{plan.left_out} of {plan.left_out + plan.requests} requests are left out: with their answers they are longer than the "
+            f"{plan.fleet.context_tokens} tokens that every engine holds (a model with a longer context, llama3.1-8b, runs them)"
         )
     told(
         f"{len(plan.jobs)} runs, each {plan.comparison.warmup_s:g} s of warm-up and {plan.duration_s:g} s judged, on simulated engines "
@@ -62,26 +61,23 @@ def run_compare(
 
 
 def _run(plan: Plan, kept: ResultFile | None, processes: int | None, *, quiet: bool) -> list[tuple[Job, Row, Curves]]:
-    total = sum(job.rate_rps for job in plan.jobs)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(elapsed_when_finished=False),
-    )
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("left"), TimeRemainingColumn())
     terminal = console()
     with Progress(*columns, console=terminal, transient=True, disable=quiet or not terminal.is_terminal) as progress:
-        # a run takes time in proportion to its requests, so the time left is told by those
-        weighed = progress.add_task("work", total=total, visible=False)
-        shown = progress.add_task("runs", total=len(plan.jobs))
+        # a run takes time in proportion to its requests, so that is what the bar and the time left go by
+        bar = progress.add_task(_runs(0, len(plan.jobs)), total=sum(job.rate_rps for job in plan.jobs))
+        done = 0
 
         def on_row(job: Job, row: Row) -> None:
-            progress.advance(weighed, job.rate_rps)
-            progress.advance(shown)
+            nonlocal done
+            done += 1
+            progress.update(bar, advance=job.rate_rps, description=_runs(done, len(plan.jobs)))
 
         return run_all(plan, processes=processes, kept=kept, on_row=on_row)
+
+
+def _runs(done: int, of: int) -> str:
+    return f"{done} of {of} runs"
 
 
 def _summary_table(document: Mapping[str, Any]) -> Any:

@@ -39,20 +39,45 @@ class AdminClient:
 
     def call(self, method: str, path: str) -> Any:
         """The JSON that ``path`` (below ``/control/v1``) answers. Raises ControlPlaneError with what the gateway said."""
-        headers = self._headers | ({"content-type": "application/json"} if method == "POST" else {})
         try:
-            self._connection.request(method, f"/control/v1{path}", body=b"{}" if method == "POST" else None, headers=headers)
-            response = self._connection.getresponse()
+            response = self._ask(method, path)
             body = response.read()
         except (OSError, http.client.HTTPException) as error:
-            self._connection.close()
-            raise ControlPlaneError(f"no gateway answers at {self._url}: {error or type(error).__name__}") from None
+            raise self._gone(error) from None
+        return self._checked(response.status, body)
+
+    def lines(self, path: str) -> Iterator[bytes]:
+        """The lines that ``path`` answers, one by one as they come, without the empty ones that only say that more may come.
+
+        Raises ControlPlaneError with what the gateway said, or where the answer breaks off.
+        """
+        try:
+            response = self._ask("GET", path)
+            if response.status >= 400:
+                self._checked(response.status, response.read())
+            while line := response.readline():
+                if line != b"\n":
+                    yield line
+        except (OSError, http.client.HTTPException) as error:
+            raise self._gone(error) from None
+
+    def _ask(self, method: str, path: str) -> http.client.HTTPResponse:
+        headers = self._headers | ({"content-type": "application/json"} if method == "POST" else {})
+        self._connection.request(method, f"/control/v1{path}", body=b"{}" if method == "POST" else None, headers=headers)
+        return self._connection.getresponse()
+
+    def _gone(self, error: Exception) -> ControlPlaneError:
+        self._connection.close()
+        return ControlPlaneError(f"no gateway answers at {self._url}: {error or type(error).__name__}")
+
+    def _checked(self, status: int, body: bytes) -> Any:
+        """The JSON in ``body``. Raises ControlPlaneError with what it says where ``status`` is one of an error."""
         try:
             answer = json.loads(body) if body else {}
         except ValueError:
-            raise ControlPlaneError(f"{self._url} answered {response.status} with something that is not JSON") from None
-        if response.status >= 400:
-            raise ControlPlaneError(_message(answer) or f"{self._url} answered {response.status}")
+            raise ControlPlaneError(f"{self._url} answered {status} with something that is not JSON") from None
+        if status >= 400:
+            raise ControlPlaneError(_message(answer) or f"{self._url} answered {status}")
         return answer
 
     def close(self) -> None:

@@ -178,6 +178,8 @@ class ControlPlaneConfig(BaseSettings):
     """How many of the waiting requests an instance with room chooses from; 1 is strict order."""
     queue_max_requests: Count = 10_000
     queue_max_bytes: Count = 1024 * 1024 * 1024
+    max_body_memory_bytes: Count | None = None
+    """Bytes of all request bodies held at once, being read, waiting and running; left out, 4 GiB or a quarter of the usable memory."""
     queue_timeout_s: Seconds = 600.0
     """A request waits at most this long for its turn."""
     no_instance_timeout_s: Seconds = 30.0

@@ -94,12 +94,12 @@ def drop_usage_event(events: bytes) -> bytes:
 
 
 def _split(events: bytes) -> list[bytes]:
-    separator = b"\r\n\r\n" if b"\r\n\r\n" in events else b"\n\n"
+    separator = b"\r\n\r\n" if events.find(b"\r\n\r\n") >= 0 else b"\n\n"
     return [part + separator for part in events.split(separator) if part]
 
 
 def _is_usage_event(event: bytes) -> bool:
-    return b'"usage"' in event and (b'"choices":[]' in event or b'"choices": []' in event)
+    return event.rfind(b'"usage"') >= 0 and (event.find(b'"choices":[]') >= 0 or event.find(b'"choices": []') >= 0)
 
 
 def says_nothing(events: bytes) -> bool:
@@ -110,14 +110,14 @@ def says_nothing(events: bytes) -> bool:
 
 def was_aborted(data: bytes) -> bool:
     """The engine gave the request up (vLLM on SIGTERM: a good status, but ``finish_reason`` is ``abort``)."""
-    if data.rfind(b'"abort"') < 0:  # a third of the time of ``in``
+    if data.rfind(b'"abort"') < 0:
         return False
-    return b'"finish_reason":"abort"' in data or b'"finish_reason": "abort"' in data
+    return data.rfind(b'"finish_reason":"abort"') >= 0 or data.rfind(b'"finish_reason": "abort"') >= 0
 
 
 def is_special(events: bytes) -> bool:
-    """Whether whole events may say more than a piece of text: usage, an error, an end. (Searching from the end takes a third of the time of
-    ``in``: it skips by the first byte of what is searched, which is rarer than the last.)"""
+    """Whether whole events may say more than a piece of text: usage, an error, an end. (Searching from the end skips by the first byte of
+    what is searched, which is rarer than the last.)"""
     return (
         events.rfind(b'"usage":{') >= 0
         or events.rfind(b'"usage": {') >= 0

@@ -4,36 +4,49 @@ It follows vLLM 0.32's scheduler (v1/core/sched/scheduler.py): running sequences
 budget, the rest of a prompt that was begun, then waiting prompts in order (first come first served, or by priority), whole prompts
 cut into chunks where the budget ends; a prompt is admitted only when the KV cache has room for all of it; cached prefix blocks are
 not computed again, except that the last token always is; when a running sequence finds no block, the last admitted (or the least
-urgent) is thrown out, loses its KV and waits at the head of the queue.
+urgent) is thrown out, loses its KV and waits at the head of the queue. A sequence whose first blocks are on another engine
+(kv_transfer.py) gets blocks to fetch them into and waits aside, without a place in the batch, until they are there.
 
 Decoding sequences are accounted for together, so a run of a thousand steps in which the batch does not change costs as much as one:
 what differs between them (context, block boundaries, last step) follows from the step at which each joined. A server plans runs of
 one step; a simulator plans long ones and lets :meth:`EngineModel.add` and :meth:`~EngineModel.abort` cut them short::
 
-    run = model.plan(now_s, max_steps=10_000)     # None: idle
+    run = model.plan(now_s, max_steps=10_000)     # None: idle, or all that is here waits for blocks: ask again at model.next_fetch_s
     ...                                           # at run.end_s (it moves forward when a sequence arrives meanwhile):
     done = model.complete()                       # who got a first token, who finished; the rest got done.steps tokens each
 
-Left out: speculative decoding, LoRA, multi-modal encoders, KV transfer, hybrid attention, data parallel ranks, asynchronous
-scheduling's one step of lag.
+Left out: speculative decoding, LoRA, multi-modal encoders, hybrid attention, data parallel ranks, asynchronous scheduling's one step
+of lag; and that by priority a running sequence that throws itself out keeps those admitted after it from that one step.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections import deque
 from collections.abc import Callable, ValuesView
 from random import Random
+from typing import Final
 
-from control_plane.engines.kv_blocks import KvBlocks
-from control_plane.engines.sequence import Counters, Done, ModelSequence, Run, State
+from control_plane.engines.decode_batch import DecodeBatch
+from control_plane.engines.kv_transfer import KvHandoff, KvLink
+from control_plane.engines.sequence import Counters, Done, ModelSequence, Run
+from control_plane.engines.sequence_blocks import SequenceBlocks
+from control_plane.engines.state import State
+from control_plane.engines.waiting import Fetches, WaitingQueue
 from control_plane.roofline import EngineProfile, step_s
 
 __all__ = ["Counters", "Done", "EngineModel", "ModelSequence", "Run", "State", "StepTime"]
 
 #: ``step_s`` of roofline.py, or one that was fitted to a real engine
 StepTime = Callable[..., float]
+# compiled code reads these at once, members of an enumeration by two look-ups
+NEW: Final = State.NEW
+WAITING: Final = State.WAITING
+FETCHING: Final = State.FETCHING
+FETCHED: Final = State.FETCHED
+PREFILL: Final = State.PREFILL
+DECODE: Final = State.DECODE
+FINISHED: Final = State.FINISHED
+ABORTED: Final = State.ABORTED
 
 
 class EngineModel:
@@ -44,8 +57,14 @@ class EngineModel:
         scheduling: ``"fcfs"`` or ``"priority"`` (vLLM's ``--scheduling-policy``).
         caching: keep prefix blocks.
         block_count: KV blocks, where they are known better than the profile reckons.
+        hash_blocks: how many blocks one of a sequence's ``hashes`` stands for. More than one is coarser and faster: they are hit,
+            cached and evicted together, and a prefix hits only as many as are whole.
         rng, jitter: each run's duration is multiplied by a lognormal factor of that sigma, drawn from ``rng``, less for long runs.
         step_time: seconds of one step (see :func:`control_plane.roofline.step_s`).
+
+    Attributes:
+        on_room: called when blocks that were kept for another engine become free while nothing runs here and somebody waits:
+            whoever drives this engine calls :meth:`plan`.
     """
 
     def __init__(
@@ -55,6 +74,7 @@ class EngineModel:
         scheduling: str = "fcfs",
         caching: bool = True,
         block_count: int | None = None,
+        hash_blocks: int = 1,
         rng: Random | None = None,
         jitter: float = 0.0,
         step_time: StepTime = step_s,
@@ -67,26 +87,26 @@ class EngineModel:
             raise ValueError("max_num_batched_tokens must be at least max_num_seqs: each running sequence gets one token a step")
         self.profile = profile
         self.by_priority = scheduling == "priority"
-        self.blocks = KvBlocks(profile.kv_block_count if block_count is None else block_count, caching=caching)
+        count = profile.kv_block_count if block_count is None else block_count
+        self.blocks = SequenceBlocks(count, profile.block_size_tokens, caching=caching, group=hash_blocks)
         self.counters = Counters()
         self.run: Run | None = None
+        self.on_room: Callable[[], None] | None = None
         self._rng = rng
         self._jitter = jitter
         self._step_time = step_time
-        self._block_tokens = profile.block_size_tokens
-        self._waiting: deque[ModelSequence] = deque()
-        self._waiting_heap: list[tuple[int, int, ModelSequence]] = []
-        self._waiting_count = 0
+        self._max_seqs: int = profile.max_num_seqs
+        self._max_tokens: int = profile.max_num_batched_tokens
+        self._token_bytes: float = profile.model.kv_bytes_per_token
+        self._queue = WaitingQueue(self.by_priority)
+        self._fetches = Fetches(self.by_priority)
+        #: finished, and their blocks kept for other engines
+        self._kept: dict[int, ModelSequence] = {}
         #: admitted, in order of admission
         self._running: dict[int, ModelSequence] = {}
         self._prefilling: dict[int, ModelSequence] = {}
-        self._decoding: dict[int, ModelSequence] = {}
-        self._ends: list[tuple[int, int, ModelSequence]] = []
+        self._batch = DecodeBatch(profile.block_size_tokens)
         self._leaving: list[ModelSequence] = []
-        #: sequences that need a new block when step number % block size is the index
-        self._boundary = [0] * profile.block_size_tokens
-        self._context_tokens = 0
-        self._step = 0
         self._arrivals = 0
 
     # ------------------------------------------------------------------ what can be asked
@@ -97,11 +117,12 @@ class EngineModel:
 
     @property
     def waiting(self) -> int:
-        return self._waiting_count
+        """Sequences that wait, those whose blocks are on the way among them (as vLLM counts)."""
+        return self._queue.count + self._fetches.count
 
     @property
     def idle(self) -> bool:
-        return not self._running and not self._waiting_count
+        return not self._running and not self.waiting
 
     @property
     def kv_usage(self) -> float:
@@ -111,17 +132,23 @@ class EngineModel:
     @property
     def decoding(self) -> ValuesView[ModelSequence]:
         """The sequences that get a token in every step of the present run."""
-        return self._decoding.values()
+        return self._batch.members.values()
+
+    @property
+    def next_fetch_s(self) -> float | None:
+        """When the next blocks from another engine are here; None: none are on the way."""
+        next_s = self._fetches.next_s
+        return None if next_s == math.inf else next_s
 
     def generated(self, sequence: ModelSequence) -> int:
         """Output tokens of a sequence as of the last completed run."""
-        if sequence.state is State.DECODE:
-            return sequence.generated + self._step - sequence.joined_step
+        if sequence.state is DECODE:
+            return sequence.generated + self._batch.step - sequence.joined_step
         return sequence.generated
 
     def fits(self, prompt_tokens: int, output_tokens: int) -> bool:
         """True when the KV cache could ever hold such a sequence."""
-        return self._block_count(prompt_tokens + max(0, output_tokens - 1)) <= self.blocks.total
+        return self.blocks.of(prompt_tokens + max(0, output_tokens - 1)) <= self.blocks.total
 
     # ------------------------------------------------------------------ what can be done
 
@@ -130,47 +157,93 @@ class EngineModel:
 
         Raises ValueError when it could never fit, or was added before.
         """
-        if sequence.state is not State.NEW:
+        if sequence.state is not NEW:
             raise ValueError(f"the sequence is {sequence.state.value}, not new")
         if not self.fits(sequence.prompt_tokens, sequence.output_tokens):
             raise ValueError(f"{sequence.prompt_tokens} + {sequence.output_tokens} tokens do not fit in {self.blocks.total} KV blocks")
         sequence.arrival_s = now_s
         sequence.order = self._arrivals
         self._arrivals += 1
-        if self.run is not None and len(self._running) < self.profile.max_num_seqs and (self.by_priority or not self._waiting_count):
-            self.run.cut(now_s)
-        self._wait(sequence)
+        run = self.run
+        if run is not None and len(self._running) < self._max_seqs and (self.by_priority or not self._queue.count):
+            run.cut(now_s)
+        sequence.state = WAITING
+        self._queue.push(sequence)
 
     def abort(self, sequence: ModelSequence, now_s: float) -> bool:
-        """The client left. A waiting sequence goes at once, a running one at the end of the step in progress. False: it was not
-        here, or is leaving already."""
-        if sequence.state is State.WAITING:
-            self._unwait(sequence)
-            sequence.state = State.ABORTED
+        """The client left. A waiting sequence goes at once, a running one at the end of the step in progress, one whose blocks are on
+        the way when they are there. False: it was not here, or is leaving already."""
+        state = sequence.state
+        if state is WAITING:
+            self._queue.remove(sequence)
+            sequence.state = ABORTED
+            self._release_remote(sequence, now_s)
             return True
-        if sequence.state not in (State.PREFILL, State.DECODE) or sequence in self._leaving:
+        if state is FETCHING:
+            sequence.state = ABORTED
+            return True
+        if state is FETCHED:
+            self._fetches.remove(sequence)
+            self.blocks.leave(sequence)
+            sequence.state = ABORTED
+            return True
+        if (state is not PREFILL and state is not DECODE) or sequence in self._leaving:
             return False
         if self.run is None:
-            self._drop(sequence, State.ABORTED)
+            self._drop(sequence, ABORTED)
         else:
             self._leaving.append(sequence)
             self.run.cut(now_s)
         return True
 
+    def hand_over(self, sequence: ModelSequence, link: KvLink) -> KvHandoff:
+        """The KV of a sequence that finished here and was told to keep it. Its blocks stay until the handoff is released.
+
+        Raises ValueError when nothing was kept.
+        """
+        if sequence.order not in self._kept or self._kept[sequence.order] is not sequence:
+            raise ValueError("this engine keeps no KV of that sequence")
+        return KvHandoff(sequence.computed, link, lambda now_s: self.release_kept(sequence, now_s))
+
+    def release_kept(self, sequence: ModelSequence, now_s: float) -> None:
+        """Kept blocks are no longer needed: they were fetched, or nobody will. Nothing happens when none are kept of it."""
+        if self._kept.get(sequence.order) is not sequence:
+            return
+        del self._kept[sequence.order]
+        self.blocks.leave(sequence)
+        if not self.waiting:
+            return
+        if self.run is not None:
+            self.run.cut(now_s)
+        elif self.on_room is not None:
+            self.on_room()
+
     def plan(self, now_s: float, max_steps: int = 1) -> Run | None:
-        """Begin the next run at ``now_s``; None when there is nothing to do. Raises RuntimeError while a run is under way."""
+        """Begin the next run at ``now_s``; None when there is nothing to do (see :attr:`next_fetch_s`).
+
+        Raises RuntimeError while a run is under way.
+        """
         if self.run is not None:
             raise RuntimeError("complete() the present run first")
-        preempted = self._make_room()
-        decoding = len(self._decoding)
+        if self._fetches.count:
+            self._take_fetched(now_s)
+        preempted = bool(self._running) and self._make_room()
+        batch = self._batch
+        decoding = len(batch.members)
         if decoding:
-            self.blocks.allocate(self._boundary[self._step % self._block_tokens])
-        context_tokens = self._context_tokens
-        chunks, prefix_tokens = self._schedule_prompts(now_s, self.profile.max_num_batched_tokens - decoding, admit=not preempted)
+            self.blocks.allocate(batch.next_blocks())
+        context_tokens = batch.context_tokens
+        chunks: list[tuple[ModelSequence, int]] = []
+        prefill_tokens, prefix_tokens = 0, 0
+        if self._prefilling or self._queue.count or self._fetches.count:
+            prefill_tokens, prefix_tokens = self._schedule_prompts(chunks, now_s, self._max_tokens - decoding, not preempted)
         if not decoding and not chunks:
-            return None
-        steps = 1 if chunks or max_steps == 1 else self._steps_without_change(max_steps)
-        prefill_tokens = sum(tokens for _, tokens in chunks)
+            # whoever was alone and threw itself out made room for others (fetched blocks were in its way)
+            return self.plan(now_s, max_steps) if preempted else None
+        # after throwing one out nobody is admitted in this step, and perhaps somebody in the next
+        steps = 1 if chunks or preempted or max_steps == 1 else batch.steps_without_change(max_steps, self.blocks.free)
+        # prompts of one step are of all lengths: were they taken as even, the work of attention would come out too small by half
+        pairs = sum([tokens * (sequence.computed - 0.5 * tokens) for sequence, tokens in chunks]) if len(chunks) > 1 else None
         factor = 1.0 if not self._jitter or self._rng is None else math.exp(self._rng.gauss(0.0, self._jitter / math.sqrt(steps)))
         first_s = factor * self._step_time(
             self.profile,
@@ -179,6 +252,7 @@ class EngineModel:
             decode_sequences=decoding,
             decode_context_tokens=context_tokens,
             prefill_sequences=len(chunks) or 1,
+            prefill_pairs=pairs,
         )
         last_s = first_s
         if steps > 1:
@@ -189,8 +263,11 @@ class EngineModel:
                 decode_sequences=decoding,
                 decode_context_tokens=context_tokens + decoding * (steps - 1),
             )
-        self.run = Run(now_s, steps, first_s, last_s, chunks)
-        return self.run
+        run = Run(now_s, steps, first_s, last_s, chunks)
+        if steps > 1 and self._fetches.next_s < run.end_s:
+            run.cut(self._fetches.next_s)
+        self.run = run
+        return run
 
     def complete(self) -> Done:
         """The present run has ended, at its ``end_s``. Raises RuntimeError when there is none."""
@@ -198,122 +275,99 @@ class EngineModel:
         if run is None:
             raise RuntimeError("no run is under way")
         self.run = None
-        decoded = len(self._decoding)
-        if decoded and run.steps > 1:
-            self.blocks.allocate(self._blocks_needed(self._step + 1, run.steps - 1))
-        self._step += run.steps
-        self._context_tokens += decoded * run.steps
-        self.counters.steps += run.steps
-        self.counters.generation_tokens += decoded * run.steps
-        for sequence in self._leaving:
-            self._drop(sequence, State.ABORTED)
-        self._leaving.clear()
-        finished = self._finish_due(run.end_s)
-        started = self._finish_chunks(run, finished)
-        return Done(run.steps, run.start_s + run.first_s, run.end_s, decoded, started, finished)
-
-    # ------------------------------------------------------------------ the queue
-
-    def _wait(self, sequence: ModelSequence, *, front: bool = False) -> None:
-        sequence.state = State.WAITING
-        self._waiting_count += 1
-        if self.by_priority:
-            heapq.heappush(self._waiting_heap, (sequence.priority, sequence.order, sequence))
-        elif front:
-            self._waiting.appendleft(sequence)
-        else:
-            self._waiting.append(sequence)
-
-    def _unwait(self, sequence: ModelSequence) -> None:
-        self._waiting_count -= 1
-        if self.by_priority:
-            self._waiting_heap.remove((sequence.priority, sequence.order, sequence))
-            heapq.heapify(self._waiting_heap)
-        else:
-            self._waiting.remove(sequence)
-
-    def _next_waiting(self) -> ModelSequence | None:
-        if not self._waiting_count:
-            return None
-        return self._waiting_heap[0][2] if self.by_priority else self._waiting[0]
-
-    def _take_waiting(self) -> None:
-        self._waiting_count -= 1
-        if self.by_priority:
-            heapq.heappop(self._waiting_heap)
-        else:
-            self._waiting.popleft()
+        batch = self._batch
+        decoded = len(batch.members)
+        steps = run.steps
+        if decoded and steps > 1:
+            self.blocks.allocate(batch.blocks_needed(steps - 1))
+        batch.advance(steps)
+        counters = self.counters
+        counters.steps += steps
+        counters.generation_tokens += decoded * steps
+        if self._leaving:
+            for sequence in self._leaving:
+                self._drop(sequence, ABORTED)
+            self._leaving.clear()
+        finished: list[ModelSequence] = []
+        due = batch.take_due()
+        while due is not None:
+            due.finished_s = run.end_s
+            finished.append(due)
+            self._drop(due, FINISHED)
+            due = batch.take_due()
+        started: list[ModelSequence] = []
+        if run.chunks:
+            self._finish_chunks(run, started, finished)
+        return Done(steps, run.start_s + run.first_s, run.end_s, decoded, started, finished)
 
     # ------------------------------------------------------------------ prompts
 
-    def _schedule_prompts(self, now_s: float, budget: int, *, admit: bool) -> tuple[list[tuple[ModelSequence, int]], int]:
-        """Chunks for this step, and how many tokens stand before them in their sequences."""
-        chunks: list[tuple[ModelSequence, int]] = []
-        prefix_tokens = 0
-        for sequence in list(self._prefilling.values()):
-            tokens = min(sequence.tokens - sequence.computed, budget)
-            if tokens <= 0:
-                break
-            self._grow(sequence, tokens)
-            chunks.append((sequence, tokens))
-            prefix_tokens += sequence.computed - tokens
-            budget -= tokens
-        while admit and budget > 0 and len(self._running) < self.profile.max_num_seqs:
-            waiting = self._next_waiting()
-            if waiting is None or not self._admit(waiting, now_s):
-                break
-            tokens = min(waiting.tokens - waiting.computed, budget)
-            self._grow(waiting, tokens)
+    def _schedule_prompts(self, chunks: list[tuple[ModelSequence, int]], now_s: float, budget: int, admit: bool) -> tuple[int, int]:
+        """Fills in the chunks of this step. Returns how many tokens they are, and how many stand before them in their sequences."""
+        whole, prefix_tokens = budget, 0
+        if self._prefilling:
+            for sequence in list(self._prefilling.values()):
+                tokens = min(sequence.prompt_tokens + sequence.generated - sequence.computed, budget)
+                if tokens <= 0:
+                    break
+                prefix_tokens += sequence.computed
+                self.blocks.grow(sequence, tokens)
+                chunks.append((sequence, tokens))
+                budget -= tokens
+        while admit and budget > 0 and len(self._running) < self._max_seqs:
+            waiting = self._fetches.first()
+            if waiting is not None:
+                if not self._resume_fetched(waiting, now_s):
+                    break
+            else:
+                waiting = self._queue.first()
+                if waiting is None:
+                    break
+                if waiting.remote is not None and self._fetch(waiting, waiting.remote, now_s):
+                    continue
+                if waiting.remote is not None or not self._admit(waiting, now_s):
+                    break
+            tokens = min(waiting.prompt_tokens + waiting.generated - waiting.computed, budget)
+            prefix_tokens += waiting.computed
+            self.blocks.grow(waiting, tokens)
             chunks.append((waiting, tokens))
-            prefix_tokens += waiting.computed - tokens
             budget -= tokens
-        return chunks, prefix_tokens
+        return whole - budget, prefix_tokens
 
     def _admit(self, sequence: ModelSequence, now_s: float) -> bool:
         """Take it from the queue with the prefix blocks that are cached, if the whole prompt has room."""
-        known = sequence.hashes((sequence.tokens - 1) // self._block_tokens)
-        hits = known[: self.blocks.match(known)]
-        wanted = self._block_count(sequence.tokens) - len(hits) + self.blocks.evictable_among(hits)
-        if wanted > self.blocks.free:
+        blocks = self.blocks
+        tokens = sequence.prompt_tokens + sequence.generated
+        hits = blocks.hits(sequence, tokens)
+        count = len(hits) * blocks.group
+        if blocks.of(tokens) - count + blocks.evictable_among(hits) > blocks.free:
             return False
-        self._take_waiting()
-        self.blocks.acquire(hits)
-        sequence.held = list(hits)
-        sequence.computed = len(hits) * self._block_tokens
-        if not sequence.preemptions:
-            sequence.scheduled_s = now_s
-            sequence.cached_tokens = sequence.computed
-            self.counters.prefix_queries += sequence.tokens
-            self.counters.prefix_hits += sequence.computed
-        sequence.state = State.PREFILL
-        self._running[sequence.order] = sequence
-        self._prefilling[sequence.order] = sequence
+        self._queue.pop()
+        blocks.acquire(hits)
+        sequence.held = hits
+        sequence.computed = count * blocks.size_tokens
+        self._begin(sequence, now_s, sequence.computed)
         return True
 
-    def _grow(self, sequence: ModelSequence, tokens: int) -> None:
-        """Blocks for the next ``tokens`` of a prompt; its full blocks are cached from now on."""
-        computed = sequence.computed + tokens
-        self.blocks.allocate(self._block_count(computed) - self._block_count(sequence.computed))
-        sequence.computed = computed
-        self._publish(sequence)
+    def _begin(self, sequence: ModelSequence, now_s: float, cached_tokens: int) -> None:
+        """It has its place in the batch."""
+        if not sequence.preemptions:
+            sequence.scheduled_s = now_s
+            sequence.cached_tokens = cached_tokens
+            self.counters.prefix_queries += sequence.prompt_tokens + sequence.generated
+            self.counters.prefix_hits += cached_tokens - sequence.fetched_tokens
+        sequence.state = PREFILL
+        self._running[sequence.order] = sequence
+        self._prefilling[sequence.order] = sequence
 
-    def _publish(self, sequence: ModelSequence) -> None:
-        """Cache its full blocks, as far as their hashes are known."""
-        full = sequence.computed // self._block_tokens
-        held = sequence.held
-        if self.blocks.caching and len(held) < full:
-            for content in sequence.hashes(full)[len(held) :]:
-                self.blocks.publish(content)
-                held.append(content)
-
-    def _finish_chunks(self, run: Run, finished: list[ModelSequence]) -> list[ModelSequence]:
+    def _finish_chunks(self, run: Run, started: list[ModelSequence], finished: list[ModelSequence]) -> None:
         """Sequences whose prompt this run completed: they have their first token, and decode from the next step on."""
-        started: list[ModelSequence] = []
+        batch = self._batch
         for sequence, tokens in run.chunks:
-            if sequence.state is not State.PREFILL:
+            if sequence.state is not PREFILL:
                 continue
             self.counters.prompt_tokens += tokens
-            if sequence.computed < sequence.tokens:
+            if sequence.computed < sequence.prompt_tokens + sequence.generated:
                 continue
             started.append(sequence)
             if sequence.output_tokens:
@@ -324,56 +378,95 @@ class EngineModel:
             if sequence.generated >= sequence.output_tokens:
                 sequence.finished_s = run.end_s
                 finished.append(sequence)
-                self._drop(sequence, State.FINISHED)
+                self._drop(sequence, FINISHED)
             else:
-                self._join(sequence)
-        return started
+                del self._prefilling[sequence.order]
+                batch.join(sequence)
 
-    # ------------------------------------------------------------------ decoding
+    # ------------------------------------------------------------------ blocks from other engines
 
-    def _join(self, sequence: ModelSequence) -> None:
-        del self._prefilling[sequence.order]
-        sequence.state = State.DECODE
-        sequence.joined_step = self._step
-        sequence.finish_step = self._step + sequence.output_tokens - sequence.generated
-        self._decoding[sequence.order] = sequence
-        self._context_tokens += sequence.computed
-        self._boundary[(self._step - sequence.computed) % self._block_tokens] += 1
-        heapq.heappush(self._ends, (sequence.finish_step, sequence.order, sequence))
+    def _fetch(self, sequence: ModelSequence, remote: KvHandoff, now_s: float) -> bool:
+        """Give the first in the queue blocks for what another engine has of it beyond our own cache, and begin to fetch them.
 
-    def _leave(self, sequence: ModelSequence) -> None:
-        """Out of the decoding batch; its own counts are brought up to date."""
-        del self._decoding[sequence.order]
-        self._boundary[(sequence.joined_step - sequence.computed) % self._block_tokens] -= 1
-        steps = self._step - sequence.joined_step
-        sequence.computed += steps
-        sequence.generated += steps
-        self._context_tokens -= sequence.computed
+        False when it stays first: there is no room, or (``remote`` is None then) nothing to fetch. As vLLM: the whole prompt must fit,
+        and the blocks in what those leave that are being computed or fetched and have not got all of theirs.
+        """
+        blocks, size = self.blocks, self.blocks.size_tokens
+        tokens = sequence.prompt_tokens + sequence.generated
+        hits = blocks.hits(sequence, tokens)
+        count = len(hits) * blocks.group
+        # the last token is computed again; with blocks of one token it is not fetched either
+        fetched = min(remote.tokens, tokens if size > 1 else tokens - 1) // size - count
+        if fetched <= 0:
+            self._release_remote(sequence, now_s)
+            return False
+        taken = blocks.evictable_among(hits)
+        if blocks.of(tokens) - count + taken > blocks.free or fetched + taken > blocks.free - self._reserved():
+            return False
+        self._queue.pop()
+        blocks.acquire(hits)
+        blocks.allocate(fetched)
+        sequence.held = hits
+        sequence.computed = (count + fetched) * size
+        sequence.fetched_tokens = fetched * size
+        sequence.state = FETCHING
+        self._fetches.begin(sequence, remote.link.send(now_s, fetched * size * self._token_bytes))
+        return True
 
-    def _finish_due(self, now_s: float) -> list[ModelSequence]:
-        finished = []
-        while self._ends and self._ends[0][0] <= self._step:
-            finish_step, _, sequence = heapq.heappop(self._ends)
-            if sequence.state is State.DECODE and sequence.finish_step == finish_step:
-                sequence.finished_s = now_s
-                finished.append(sequence)
-                self._drop(sequence, State.FINISHED)
-        return finished
+    def _reserved(self) -> int:
+        """Blocks that prompts still need that are being computed or fetched."""
+        count = 0
+        for sequence in self._prefilling.values():
+            count += self.blocks.missing(sequence)
+        for sequence in self._fetches.sequences():
+            count += self.blocks.missing(sequence)
+        return count
+
+    def _take_fetched(self, now_s: float) -> None:
+        """What has arrived by now is cached and waits ahead of the queue; the other engine's blocks are free."""
+        while (sequence := self._fetches.take_arrived(now_s)) is not None:
+            self._release_remote(sequence, now_s)
+            if sequence.state is ABORTED:
+                self.blocks.leave(sequence)
+                continue
+            self.counters.fetched_tokens += sequence.fetched_tokens
+            self.blocks.keep(sequence)
+            sequence.computed = min(sequence.computed, sequence.prompt_tokens - 1)
+            sequence.state = FETCHED
+            self._fetches.wait(sequence)
+
+    def _resume_fetched(self, sequence: ModelSequence, now_s: float) -> bool:
+        """The batch takes a sequence whose blocks have come, if the rest of its prompt has room."""
+        if self.blocks.missing(sequence) > self.blocks.free:
+            return False
+        self._fetches.pop()
+        self._begin(sequence, now_s, sequence.computed)
+        return True
+
+    def _release_remote(self, sequence: ModelSequence, now_s: float) -> None:
+        remote = sequence.remote
+        sequence.remote = None
+        if remote is not None:
+            remote.release(now_s)
+
+    # ------------------------------------------------------------------ leaving the batch
 
     def _drop(self, sequence: ModelSequence, state: State) -> None:
-        """Out of the batch, its blocks free; what it computed stays cached as far as its hashes are known."""
-        if sequence.state is State.DECODE:
-            self._leave(sequence)
-            self._publish(sequence)
+        """Out of the batch, its blocks free (or kept for another engine); what it computed stays cached as far as its hashes are known."""
+        if sequence.state is DECODE:
+            self._batch.leave(sequence)
+            self.blocks.keep(sequence)
         else:
             del self._prefilling[sequence.order]
         del self._running[sequence.order]
-        self.blocks.release(sequence.held, self._block_count(sequence.computed) - len(sequence.held))
-        sequence.held = []
         sequence.state = state
+        if state is FINISHED and sequence.keep_kv:
+            self._kept[sequence.order] = sequence
+        else:
+            self.blocks.leave(sequence)
 
     def _make_room(self) -> bool:
-        """Throw out sequences until every running one has blocks for its next tokens. True when any was. (One alone always has.)"""
+        """Throw out sequences until every running one has blocks for its next tokens. True when any was."""
         preempted = False
         while self._next_blocks() > self.blocks.free:
             self._preempt(self._victim())
@@ -382,11 +475,13 @@ class EngineModel:
 
     def _next_blocks(self) -> int:
         """Blocks that the running sequences take in the next step."""
-        needed = self._boundary[self._step % self._block_tokens] if self._decoding else 0
-        budget = self.profile.max_num_batched_tokens - len(self._decoding)
+        needed = self._batch.next_blocks()
+        if not self._prefilling:
+            return needed
+        budget = self._max_tokens - len(self._batch.members)
         for sequence in self._prefilling.values():
-            tokens = min(sequence.tokens - sequence.computed, budget)
-            needed += self._block_count(sequence.computed + tokens) - self._block_count(sequence.computed)
+            tokens = min(sequence.prompt_tokens + sequence.generated - sequence.computed, budget)
+            needed += self.blocks.of(sequence.computed + tokens) - self.blocks.of(sequence.computed)
             budget -= tokens
         return needed
 
@@ -396,35 +491,8 @@ class EngineModel:
         return next(reversed(self._running.values()))
 
     def _preempt(self, sequence: ModelSequence) -> None:
-        self._drop(sequence, State.WAITING)
+        self._drop(sequence, WAITING)
         sequence.computed = 0
         sequence.preemptions += 1
         self.counters.preemptions += 1
-        self._wait(sequence, front=True)
-
-    # ------------------------------------------------------------------ many steps at once
-
-    def _steps_without_change(self, most: int) -> int:
-        """How many steps the batch can run as it is: until the first sequence ends, or the free blocks are used up."""
-        while self._ends and (self._ends[0][2].state is not State.DECODE or self._ends[0][2].finish_step != self._ends[0][0]):
-            heapq.heappop(self._ends)
-        steps = min(most, self._ends[0][0] - self._step)
-        free = self.blocks.free
-        if self._blocks_needed(self._step + 1, steps - 1) <= free:
-            return steps
-        cycles, left = divmod(free, len(self._decoding))
-        carried = 1 + cycles * self._block_tokens
-        while carried < steps and (need := self._boundary[(self._step + carried) % self._block_tokens]) <= left:
-            left -= need
-            carried += 1
-        return min(steps, carried)
-
-    def _blocks_needed(self, first_step: int, steps: int) -> int:
-        """New blocks that the decoding batch takes in ``steps`` steps."""
-        cycles, rest = divmod(steps, self._block_tokens)
-        size = self._block_tokens
-        boundary = self._boundary
-        return cycles * len(self._decoding) + sum(boundary[(first_step + i) % size] for i in range(rest))
-
-    def _block_count(self, tokens: int) -> int:
-        return -(-tokens // self._block_tokens)
+        self._queue.push(sequence, front=True)

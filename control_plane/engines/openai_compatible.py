@@ -18,10 +18,13 @@ from control_plane.types import ExecutionInstance, Leg, RequestMetadata, Usage
 
 #: a unary answer up to this size is held until it is whole, so that an engine that dies in the middle can be replaced unseen
 UNARY_HOLD_BYTES = 1024 * 1024
+#: longer bodies are let go of when the answer begins, others at its end
+LET_GO_BYTES: Final = 16_384
 #: tokens of a stream are told so many at a time, after the first
 TOKENS_TOLD: Final = 32
 #: how many shapes of chunks are learned of one stream
 SHAPES: Final = 16
+_QUOTE: Final = 0x22
 _JSON = (b"content-type", b"application/json")
 _CREDENTIALS = (b"authorization", b"x-api-key")
 #: a Retry-After with more is no time to wait (and with hundreds no number that a float holds)
@@ -215,7 +218,7 @@ class EngineAnswer:
             and middle_end >= len(before)
             and data[: len(before)] == before
             and data[middle_end:] == after
-            and b'"' not in data[len(before) : middle_end]
+            and _QUOTE not in data[len(before) : middle_end]
         ):
             # as the one before it but for a piece of text: nothing has to be searched
             self._tokens += 1
@@ -271,14 +274,15 @@ class EngineAnswer:
     # ---- streams
 
     def _on_events(self, whole: bytes) -> None:
-        if b'"usage"' in whole:
+        # ``find``, as ``in`` takes ten times its time for bytes: it asks first whether they are a number, by an exception
+        if whole.rfind(b'"usage"') >= 0:
             self._usage_bytes = whole
             if self._wire.hide_usage:
                 whole = events.drop_usage_event(whole)
-        if b'data: {"error"' in whole and (body := events.find_error(whole)) is not None:
+        if (body := events.find_error(whole)) is not None:
             self._cut_by_error(whole, body)
             return
-        if events.DONE in whole:
+        if whole.rfind(events.DONE) >= 0:
             self._saw_done = True
         if events.was_aborted(whole):
             self._give_up("the engine aborted the request (it is shutting down)")
@@ -317,6 +321,9 @@ class EngineAnswer:
 
     def _begin(self) -> None:
         self._started = True
+        call = self._call
+        if len(self._wire.body) > LET_GO_BYTES and call is not None and call.written:
+            self._wire.body = b""  # a stream may go on for minutes, and nothing is sent again
         self._sink.started(self.status, self.headers, self)
 
     def _cut_by_error(self, whole: bytes, body: bytes) -> None:

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum
-from typing import NamedTuple
+
+from mypy_extensions import mypyc_attr
+
+from control_plane.engines.kv_transfer import KvHandoff
+from control_plane.engines.state import State
 
 
-class State(Enum):
-    NEW = "new"
-    WAITING = "waiting"
-    PREFILL = "prefill"
-    DECODE = "decode"
-    FINISHED = "finished"
-    ABORTED = "aborted"
-
-
+@mypyc_attr(allow_interpreted_subclasses=True)
 class ModelSequence:
     """One sequence to run. Subclass it to carry what belongs to it (a stream, a request).
 
     ``output_tokens`` is how many it will generate (the caller knows its text; 0: a pooling request, done when its prompt is
     computed). ``block_hashes``: one hash for each full block of its tokens, prompt first, as far as they are known; two sequences
-    share a block when they give the same hash. Empty: nothing of it is cached. ``priority``: lower first, as in vLLM.
+    share a block when they give the same hash. Empty: nothing of it is cached. ``priority``: lower first, as in vLLM. ``remote``: the
+    KV of its first tokens is on another engine and is fetched. ``keep_kv``: its blocks stay when it finishes, to be handed over.
     """
 
     __slots__ = (
@@ -29,22 +25,34 @@ class ModelSequence:
         "block_hashes",
         "cached_tokens",
         "computed",
+        "fetched_tokens",
         "finish_step",
         "finished_s",
         "first_token_s",
         "generated",
         "held",
         "joined_step",
+        "keep_kv",
         "order",
         "output_tokens",
         "preemptions",
         "priority",
         "prompt_tokens",
+        "remote",
         "scheduled_s",
         "state",
     )
 
-    def __init__(self, prompt_tokens: int, output_tokens: int, *, block_hashes: Sequence[int] = (), priority: int = 0) -> None:
+    def __init__(
+        self,
+        prompt_tokens: int,
+        output_tokens: int,
+        *,
+        block_hashes: Sequence[int] = (),
+        priority: int = 0,
+        remote: KvHandoff | None = None,
+        keep_kv: bool = False,
+    ) -> None:
         if prompt_tokens < 1 or output_tokens < 0:
             raise ValueError(
                 f"a sequence has at least one prompt token and no fewer than 0 output tokens: {prompt_tokens}, {output_tokens}"
@@ -53,7 +61,9 @@ class ModelSequence:
         self.output_tokens = output_tokens
         self.block_hashes = block_hashes
         self.priority = priority
-        self.state = State.NEW
+        self.remote = remote
+        self.keep_kv = keep_kv
+        self.state: State = State.NEW
         #: place in the order of arrival
         self.order = 0
         #: tokens whose KV is in the cache; up to date between runs while prefilling, as of ``joined_step`` while decoding
@@ -64,8 +74,10 @@ class ModelSequence:
         self.finish_step = 0
         #: hashes of the cached blocks it uses, from its first block on
         self.held: list[int] = []
-        #: prompt tokens found in the prefix cache at first admission
+        #: prompt tokens found in the prefix cache, or fetched from another engine, at first admission
         self.cached_tokens = 0
+        #: of these, how many were fetched
+        self.fetched_tokens = 0
         self.preemptions = 0
         self.arrival_s = 0.0
         self.scheduled_s = 0.0
@@ -94,7 +106,9 @@ class Run:
         self.last_s = last_s
         #: prompt parts computed in this run (then it has one step): the sequence and how many tokens of it
         self.chunks = chunks
-        self.prefill_tokens = sum(tokens for _, tokens in chunks)
+        self.prefill_tokens = 0
+        for _, tokens in chunks:
+            self.prefill_tokens += tokens
         self.end_s = start_s + self.elapsed_s(steps)
 
     def elapsed_s(self, steps: int) -> float:
@@ -120,23 +134,28 @@ class Run:
             self.end_s = end_s
 
 
-class Done(NamedTuple):
+class Done:
     """What a run brought. Every sequence that was decoding got ``steps`` tokens, the first at ``first_s``, the last at ``last_s``."""
 
-    steps: int
-    first_s: float
-    last_s: float
-    #: decoding sequences in this run
-    decoded: int
-    #: their prompt was completed and gave one token (none for a pooling request), at ``last_s``
-    started: list[ModelSequence]
-    finished: list[ModelSequence]
+    __slots__ = ("decoded", "finished", "first_s", "last_s", "started", "steps")
+
+    def __init__(
+        self, steps: int, first_s: float, last_s: float, decoded: int, started: list[ModelSequence], finished: list[ModelSequence]
+    ) -> None:
+        self.steps = steps
+        self.first_s = first_s
+        self.last_s = last_s
+        #: decoding sequences in this run
+        self.decoded = decoded
+        #: their prompt was completed and gave one token (none for a pooling request), at ``last_s``
+        self.started = started
+        self.finished = finished
 
 
 class Counters:
     """Totals since the start, in the meanings of vLLM's metrics of the same names."""
 
-    __slots__ = ("generation_tokens", "preemptions", "prefix_hits", "prefix_queries", "prompt_tokens", "steps")
+    __slots__ = ("fetched_tokens", "generation_tokens", "preemptions", "prefix_hits", "prefix_queries", "prompt_tokens", "steps")
 
     def __init__(self) -> None:
         self.steps = 0
@@ -145,3 +164,5 @@ class Counters:
         self.prefix_queries = 0
         self.prefix_hits = 0
         self.preemptions = 0
+        #: tokens whose KV came from other engines
+        self.fetched_tokens = 0

@@ -124,7 +124,7 @@ class Fleet:
 
     def add(self, instance: ExecutionInstance) -> None:
         """Register it; the same object again is no change. Raises InvalidRequest when another one has its id, and for a
-        ``profile`` that is not in the catalogue (naming the nearest)."""
+        ``profile`` that is not in the catalogue (naming the nearest) and no profile's file."""
         if not isinstance(instance, ExecutionInstance):
             raise wrong("instance", instance, "an ExecutionInstance(...)")
         known = self._records.get(instance.instance_id)

@@ -3,14 +3,21 @@ as much."""
 
 from __future__ import annotations
 
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
 from control_plane.gateway.tenths import to_tenths
+from control_plane.live_state import LiveState, RequestFields
+
+if TYPE_CHECKING:
+    from control_plane.gateway.sink import ClientSink
 
 #: parts kept of each kind
 MAX_KEPT: Final = 4096
+#: characters kept of what a client chose
+MAX_PATH: Final = 200
+MAX_TENANT: Final = 128
 
 
 class Line:
@@ -51,6 +58,32 @@ class Line:
         self.attempts = 1
 
 
+def line_of(sink: ClientSink, status: int, code: str, now_s: float) -> Line:
+    """The line of an answer that has ended."""
+    job, exchange = sink.job, sink.exchange
+    assert exchange is not None
+    line = Line(sink.request_id, exchange.method, exchange.path[:MAX_PATH], status, 0.0, code)
+    if job is not None:
+        arrival_s = job.arrival_s
+        line.total_ms = (now_s - arrival_s) * 1000.0
+        fields: RequestFields = job.request
+        line.tenant = fields.tenant[:MAX_TENANT]
+        line.model = job.lane.model
+        line.attempts = job.attempts
+        if job.instance is not None:
+            live: LiveState = job.instance
+            line.instance = live.instance_id
+            line.queue_ms = (job.scheduled_s - arrival_s) * 1000.0
+        if job.first_token_s:
+            line.ttft_ms = (job.first_token_s - arrival_s) * 1000.0
+        if job.usage is not None:
+            line.input_tokens = job.usage.prompt_tokens
+            line.output_tokens = job.usage.completion_tokens
+        else:
+            line.output_tokens = job.output_tokens
+    return line
+
+
 class LineWriter:
     """Lines as JSON. The parts that come again and again (method and path; tenant, model and instance) are put together once."""
 
@@ -63,8 +96,8 @@ class LineWriter:
     def text(self, time: str, line: Line) -> str:
         request_id = line.request_id
         # ids are visible ASCII, almost always without the two characters that JSON escapes
-        plain = '"' not in request_id and "\\" not in request_id
-        name = f'"{request_id}"' if plain else _json(request_id)
+        if '"' in request_id or "\\" in request_id:
+            request_id = _json(request_id)[1:-1]
         what = self._what.get((line.method, line.path)) or self._new_what(line.method, line.path)
         who = self._who.get((line.tenant, line.model, line.instance)) or self._new_who(line.tenant, line.model, line.instance)
         code = f',"code":"{line.code}"' if line.code else ""
@@ -75,7 +108,7 @@ class LineWriter:
         made = f',"output_tokens":{line.output_tokens}' if line.output_tokens >= 0 else ""
         tries = f',"attempts":{line.attempts}' if line.attempts != 1 else ""
         total = to_tenths(line.total_ms)
-        return f'{{"time":"{time}","request_id":{name}{what}{line.status},"total_ms":{total}{code}{who}{times}{read}{made}{tries}}}'
+        return f'{{"time":"{time}","request_id":"{request_id}"{what}{line.status},"total_ms":{total}{code}{who}{times}{read}{made}{tries}}}'
 
     def _new_what(self, method: str, path: str) -> str:
         if len(self._what) >= MAX_KEPT:

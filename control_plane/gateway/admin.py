@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import math
 from collections.abc import Callable
 from itertools import islice
 from typing import Any
@@ -10,11 +12,13 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Match, Route
+from starlette.types import Receive, Scope, Send
 
-from control_plane.errors import ControlPlaneError, InstanceNotFound, InvalidRequest
+from control_plane.errors import ControlPlaneError, InstanceNotFound, InvalidRequest, quoted
 from control_plane.gateway.instances import change_instance, describe_instance, make_instance
+from control_plane.gateway.recording import Recorder, Recording
 from control_plane.gateway.replies import InternalError, UnknownPath, WrongMethod, encode, error_answer
 from control_plane.gateway.settings import GatewaySettings
 from control_plane.manager import ControlPlaneManager
@@ -34,6 +38,7 @@ _PATHS = {
     "scheduling_policy": "/control/v1/scheduling-policy",
     "routing_strategy": "/control/v1/routing-strategy",
     "config": "/control/v1/config",
+    "record": "/control/v1/record",
     "models": "/v1/models",
     "prometheus": "/metrics",
     "health": "/health",
@@ -48,8 +53,15 @@ def answer(value: Any, status: int = 200) -> Response:
 class AdminApi:
     """The handlers. Each answers with JSON; what it raises becomes an error in OpenAI's shape."""
 
-    def __init__(self, manager: ControlPlaneManager, settings: GatewaySettings, config: Callable[[], dict[str, Any]] | None) -> None:
+    def __init__(
+        self,
+        manager: ControlPlaneManager,
+        settings: GatewaySettings,
+        config: Callable[[], dict[str, Any]] | None,
+        recorder: Recorder | None = None,
+    ) -> None:
         self._manager = manager
+        self._recorder = recorder
         self._settings = settings
         self._config = config
 
@@ -73,6 +85,7 @@ class AdminApi:
             Route(f"{base}/routing-strategy", self.get_router, methods=["GET"]),
             Route(f"{base}/routing-strategy", self.set_router, methods=["PUT"]),
             Route(f"{base}/config", self.config, methods=["GET"]),
+            Route(f"{base}/record", self.record, methods=["GET"]),
         ]
 
     async def index(self, request: Request) -> Response:
@@ -174,13 +187,44 @@ class AdminApi:
         }
         return answer(config | found)
 
+    async def record(self, request: Request) -> Response:
+        """The traffic from now on as a trace, without texts: JSON lines as requests end, until the reader leaves or ``duration_s``."""
+        if self._recorder is None:
+            raise UnknownPath("This gateway records nothing.")
+        duration_s = _seconds(request, "duration_s")
+        if request.method == "HEAD":
+            return Response(media_type="application/x-ndjson")
+        return _Recorded(self._recorder, self._recorder.start(), duration_s)
+
+
+class _Recorded(StreamingResponse):
+    """A recording as it grows. Ends with its reader too: what is sent to one that has left is dropped without an error, so its leaving
+    is listened for."""
+
+    def __init__(self, recorder: Recorder, recording: Recording, duration_s: float | None) -> None:
+        super().__init__(recorder.lines(recording, duration_s), media_type="application/x-ndjson")
+        self._recorder = recorder
+        self._recording = recording
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        leaving = asyncio.ensure_future(self.listen_for_disconnect(receive))
+        leaving.add_done_callback(lambda _: self._recording.close())
+        try:
+            await self.stream_response(send)
+        finally:
+            leaving.cancel()
+            self._recorder.stop(self._recording)
+
 
 def make_admin_app(
-    manager: ControlPlaneManager, settings: GatewaySettings, config: Callable[[], dict[str, Any]] | None = None
+    manager: ControlPlaneManager,
+    settings: GatewaySettings,
+    config: Callable[[], dict[str, Any]] | None = None,
+    recorder: Recorder | None = None,
 ) -> Starlette:
     """The admin application. ``config``: what ``/control/v1/config`` shows beside what is asked from ``manager`` and ``settings``."""
     handlers = {ControlPlaneError: _on_error, HTTPException: _on_http_error, Exception: _on_crash}
-    return Starlette(routes=AdminApi(manager, settings, config).routes(), exception_handlers=handlers)
+    return Starlette(routes=AdminApi(manager, settings, config, recorder).routes(), exception_handlers=handlers)
 
 
 def _error_response(error: ControlPlaneError) -> Response:
@@ -216,6 +260,18 @@ async def _object(request: Request) -> dict[str, Any]:
         return msgspec.json.decode(await request.body() or b"{}", type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InvalidRequest(f"the request body is not a JSON object: {error}") from None
+
+
+def _seconds(request: Request, name: str) -> float | None:
+    """A number of seconds in the query, None where it is not there."""
+    given = request.query_params.get(name)
+    try:
+        seconds = None if given is None else float(given)
+    except ValueError:
+        seconds = math.nan
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise InvalidRequest(f"{name} is {quoted(given or '')!r}; a number of seconds above 0 would be right", param=name)
+    return seconds
 
 
 async def _name(request: Request, field: str, choices: Any) -> str:

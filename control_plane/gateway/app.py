@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 from urllib.parse import unquote
 
+from control_plane.body_memory import BodyMemory
 from control_plane.errors import ControlPlaneError, Draining, NoInstanceAvailable, OutOfDescriptors
 from control_plane.gateway.access_log import AccessLog
 from control_plane.gateway.admin import make_admin_app
@@ -17,6 +18,7 @@ from control_plane.gateway.descriptors import DescriptorWatch, for_clients, rais
 from control_plane.gateway.endpoints import ENDPOINTS, GENERIC, in_anthropic_api, leads_up
 from control_plane.gateway.guard import AdminGuard
 from control_plane.gateway.model_list import find_card, model_list
+from control_plane.gateway.recording import Recorder
 from control_plane.gateway.relay import Relay
 from control_plane.gateway.replies import (
     JSON,
@@ -31,6 +33,7 @@ from control_plane.gateway.replies import (
     refused_answer,
 )
 from control_plane.gateway.settings import GatewaySettings
+from control_plane.gateway.stored_responses import StoredResponses
 from control_plane.manager import ControlPlaneManager
 from control_plane.transport import Exchange, HttpServer, Refused, ServerLimits, path_of
 
@@ -67,15 +70,17 @@ class Gateway:
     ) -> None:
         self.manager = manager
         self.settings = settings or GatewaySettings()
-        self._limits = _server_limits(limits or ServerLimits(), self.settings)
+        self._limits = _server_limits(limits or ServerLimits(), self.settings, manager.body_memory)
         self._log = AccessLog(manager.clock, manager.events, self.settings.access_log_path) if self.settings.access_log else None
         self.relay = Relay(manager, self.settings, self._log, max_open=self.settings.max_streams or streams_that_fit(1024))
+        self._stored = StoredResponses(self.relay)
         self._created = int(manager.clock.utc(manager.clock.now_s()).timestamp())
         self._metrics = metrics
         self._pages: dict[str, Page] = {"/health": self._health, "/ready": self._ready, "/v1/models": self._models}
         if metrics is not None:
             self._pages["/metrics"] = self._show_metrics
-        self._admin_app = make_admin_app(manager, self.settings, config)
+        self._recorder = Recorder(self.relay, manager.clock)
+        self._admin_app = make_admin_app(manager, self.settings, config, self._recorder)
         self._admin_calls: set[asyncio.Task[None]] = set()
         self._guard: AdminGuard | None = None
         self._admin_guard: AdminGuard | None = None
@@ -92,11 +97,12 @@ class Gateway:
         """
         descriptors = raise_descriptor_limit()
         if self.settings.max_streams is None:
-            self.relay.max_open = streams_that_fit(descriptors)
+            self.relay.open.most = streams_that_fit(descriptors)
         spare = reserved(descriptors)
         limits = replace(self._limits, max_descriptor=self._limits.max_descriptor or for_clients(descriptors))
         tls = self.settings.tls_context()
-        self.relay.draining = False
+        memory = self.manager.body_memory
+        self.relay.open.draining = False
         if admin_port is None:
             self._guard = AdminGuard(self.settings.admin_key, own_listener=False, listen_host=host)
         else:
@@ -104,9 +110,9 @@ class Gateway:
             self._admin_guard = AdminGuard(self.settings.admin_key, own_listener=True, listen_host=listen_host)
             # whoever operates it gets in where clients do not any more
             admin_limits = replace(limits, max_descriptor=descriptors - spare // 2)
-            self._admin_server = HttpServer(self.handle_admin, limits=admin_limits, ssl=tls, refuse=self._refuse)
+            self._admin_server = HttpServer(self.handle_admin, limits=admin_limits, ssl=tls, refuse=self._refuse, memory=memory)
             await self._admin_server.start(listen_host, admin_port)
-        self._server = HttpServer(self.handle, limits=limits, ssl=tls, refuse=self._refuse)
+        self._server = HttpServer(self.handle, limits=limits, ssl=tls, refuse=self._refuse, memory=memory)
         try:
             await self._server.start(host, port)
         except BaseException:
@@ -114,7 +120,7 @@ class Gateway:
             raise
         self._watch = DescriptorWatch(self.manager.events, descriptors, self._turned_away)
         self.manager.events.event(
-            "gateway_started", f"{self.url} takes up to {self.relay.max_open} open streams", url=self.url, max_open=self.relay.max_open
+            "gateway_started", f"{self.url} takes up to {self.relay.open.most} open streams", url=self.url, max_open=self.relay.open.most
         )
 
     async def stop(self, grace_s: float = 120.0) -> None:
@@ -122,7 +128,8 @@ class Gateway:
         if self._watch is not None:
             self._watch.close()
         if self._server is not None:
-            await self.relay.drain(grace_s)
+            await self.relay.open.drain(grace_s)
+        self._recorder.close()
         for server in (self._server, self._admin_server):
             if server is not None:
                 await server.stop(min(grace_s, 1.0))
@@ -200,7 +207,7 @@ class Gateway:
             elif path.startswith(_MODEL):
                 self._show(exchange, self._model)
             elif path.startswith(_RESPONSE):
-                self.relay.stored(exchange)
+                self._stored.relay(exchange)
             elif method == "POST" and path.startswith("/v1/") and not leads_up(path):
                 self.relay.relay(exchange, GENERIC)
             else:
@@ -240,7 +247,7 @@ class Gateway:
         self._json(exchange, {"status": "ok"})
 
     def _ready(self, exchange: Exchange) -> None:
-        if self.relay.draining or not self.manager.is_running:
+        if self.relay.open.draining or not self.manager.is_running:
             raise Draining("This gateway is shutting down or has not started.")
         usable = sum(instance.is_usable for instance in self.manager.fleet.instances())
         if not usable:
@@ -268,9 +275,14 @@ class Gateway:
         guard.check(exchange)
         if len(self._admin_calls) >= MAX_ADMIN_CALLS:
             raise TooManyStreams(f"{MAX_ADMIN_CALLS} admin requests are open.")
+        memory, size = self.manager.body_memory, len(exchange.body)
+        if not memory.fits(size):
+            raise memory.full(size)
+        memory.take(size)
         task = asyncio.get_running_loop().create_task(self._serve_admin(exchange))
         self._admin_calls.add(task)
         task.add_done_callback(self._admin_calls.discard)
+        task.add_done_callback(lambda _: memory.give_back(size))
 
     async def _serve_admin(self, exchange: Exchange) -> None:
         request_id = self.relay.take_id(dict(exchange.headers))
@@ -308,8 +320,9 @@ def _elapsed_ms(exchange: Exchange) -> float:
     return round((asyncio.get_running_loop().time() - exchange.received_s) * 1000.0, 1)
 
 
-def _server_limits(limits: ServerLimits, settings: GatewaySettings) -> ServerLimits:
-    return replace(limits, max_body_bytes=settings.max_body_bytes, max_header_bytes=settings.max_header_bytes)
+def _server_limits(limits: ServerLimits, settings: GatewaySettings, memory: BodyMemory) -> ServerLimits:
+    # what alone holds more than all may is too large, and no later try would help
+    return replace(limits, max_body_bytes=min(settings.max_body_bytes, memory.max_bytes), max_header_bytes=settings.max_header_bytes)
 
 
 def _started(server: HttpServer | None) -> HttpServer:

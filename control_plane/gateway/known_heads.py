@@ -12,6 +12,9 @@ from control_plane.transport import RequestHead
 from control_plane.transport.wire import head_bytes
 
 _JSON: Final = b"application/json"
+#: client headers that go on to the engine, beside the content type; the credentials only where they are not for us
+FORWARDED: Final = frozenset((b"anthropic-version", b"anthropic-beta", b"traceparent", b"tracestate", b"endpoint-load-metrics-format"))
+CREDENTIALS: Final = frozenset((b"authorization", b"x-api-key"))
 
 
 class KnownHead:

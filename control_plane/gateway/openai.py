@@ -35,6 +35,7 @@ _SAMPLES: Final = 10
 _TOKEN_ID_BYTES: Final = 4
 _SAMPLE_BYTES: Final = 256
 _BRACKET: Final = 0x5B
+_BRACE: Final = 0x7B
 
 _media: Final = re.compile(rb";base64,[A-Za-z0-9+/=_-]*")
 _at: Final = re.compile(r" - at `\$\.?(\w*)").search
@@ -174,15 +175,19 @@ def _count(value: object) -> int | None:
 
 def _measure(prompt: Raw, preamble: Raw | UnsetType, tools: Raw | UnsetType, request: RequestFields) -> None:
     """Note the size and the first bytes of the prompt; for token ids, how many."""
-    view = memoryview(prompt)
-    size = len(view)
-    first = bytes(view) if size <= HEAD_BYTES else bytes(view[:HEAD_BYTES])
-    if first[0] == _BRACKET and first[1:8].lstrip(b"[ \n")[:1].isdigit():
-        tokens = bytes(view).count(b",") + 1
+    if request.prompt_size_bytes <= HEAD_BYTES:  # of the whole body, so far
+        first = bytes(prompt)
+        size = len(first)
+    else:
+        view = memoryview(prompt)
+        size = len(view)
+        first = bytes(view[:HEAD_BYTES])
+    if first[0] == _BRACKET and first[1] != _BRACE and first[1:8].lstrip(b"[ \n")[:1].isdigit():
+        tokens = bytes(prompt).count(b",") + 1
         request.input_tokens = tokens
         size = _TOKEN_ID_BYTES * tokens
-    elif size >= _MEDIA_FROM_BYTES and _looks_like_media(view, size):
-        size = _text_size(bytes(view))
+    elif size >= _MEDIA_FROM_BYTES and _looks_like_media(memoryview(prompt), size):
+        size = _text_size(bytes(prompt))
     if tools is not _UNSET:
         size += len(memoryview(tools))
     if preamble is not _UNSET:

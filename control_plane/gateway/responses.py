@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections import OrderedDict
 
-from control_plane.errors import NoInstanceAvailable, ResponseNotFound
+from control_plane.errors import InvalidRequest, NoInstanceAvailable, ResponseNotFound
 from control_plane.fleet import Fleet
 from control_plane.job import LaneKey
-from control_plane.types import HealthStatus, RequestKind
+from control_plane.types import ExecutionInstance, HealthStatus, RequestKind
 
 _ID = re.compile(rb'"id": ?"(resp_[\w-]{1,200})"').search
 _PATH = re.compile(r"/v1/responses/([\w-]{1,200})(/cancel|/input_items)?").fullmatch
@@ -62,8 +62,18 @@ class ResponseHomes:
             raise gone(response_id, home, param)
         return home
 
-    def check(self, response_id: str, home: str, param: str, *, new_work: bool) -> None:
-        """Refuse at once what waiting would not mend. ``new_work``: a response is to be made there, not only looked up.
+    def find_previous(self, response_id: str, model: str) -> str:
+        """The instance that holds the response before one that ``model`` is to make. Raises as :meth:`find` and :meth:`check` do, and
+        InvalidRequest when that instance does not serve the model."""
+        home = self.find(response_id, "previous_response_id")
+        instance = self._fleet.get(home)
+        if instance is not None and instance.model_name and not instance.serves(model):
+            raise InvalidRequest(f"response {response_id!r} is on an instance that does not serve {model!r}", param="previous_response_id")
+        self.check(response_id, home, "previous_response_id", new_work=True)
+        return home
+
+    def check(self, response_id: str, home: str, param: str, *, new_work: bool) -> ExecutionInstance:
+        """The instance; what waiting would not mend is refused at once. ``new_work``: a response is to be made there, not only looked up.
 
         Raises ResponseNotFound when its instance is down (what it held is lost with its process), NoInstanceAvailable when new work
         is asked of one that takes none.
@@ -76,6 +86,7 @@ class ResponseHomes:
             raise gone(response_id, home, param)
         if new_work and (instance.health_status == HealthStatus.DRAINING or not instance.is_available):
             raise NoInstanceAvailable(f"Response {response_id!r} is on instance {home!r}, which takes no new work now.", param=param)
+        return instance
 
 
 def gone(response_id: str, home: str, param: str) -> ResponseNotFound:

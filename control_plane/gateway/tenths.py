@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Final
+
+_TENTH: Final = [f".{tenth}" for tenth in range(10)]
+
 
 def to_tenths(ms: float) -> str:
     """Cut, not rounded."""
     tenths = int(ms * 10.0)
-    return f"{tenths // 10}.{tenths % 10}"
+    return str(tenths // 10) + _TENTH[tenths % 10]

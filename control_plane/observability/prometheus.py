@@ -39,6 +39,8 @@ class Readings(NamedTuple):
     instances: Sequence[ExecutionInstance]
     queued_requests: int
     queued_bytes: int
+    body_memory_bytes: int
+    body_memory_max_bytes: int
     running_requests: int
     scheduling_policy: str
     routing_strategy: str
@@ -180,6 +182,8 @@ def _histograms(cells: Sequence[ModelCell]) -> Iterator[Metric]:
 def _now(readings: Readings) -> Iterator[Metric]:
     yield _gauge("queued_requests", "Requests waiting in the queue.", readings.queued_requests)
     yield _gauge("queued_bytes", "Bodies waiting in the queue.", readings.queued_bytes)
+    yield _gauge("body_memory_bytes", "Request bodies held: being read, waiting and running.", readings.body_memory_bytes)
+    yield _gauge("body_memory_max_bytes", "What they may hold at most.", readings.body_memory_max_bytes)
     yield _gauge("running_requests", "Requests running on an engine.", readings.running_requests)
     strategy = InfoMetricFamily("control_plane_strategy", "What orders and places requests now.")
     strategy.add_metric([], {"scheduling_policy": readings.scheduling_policy, "routing_strategy": readings.routing_strategy})

@@ -13,7 +13,7 @@ from typing import TypedDict
 from control_plane.catalogue import GIB
 from control_plane.parallelism.deployment import MAX_NUM_SEQS, Deployment
 from control_plane.parallelism.layout import Layout, layers_share, memory_need, sequences_held
-from control_plane.roofline import ALL_REDUCE_LATENCY_S, INTERCONNECT_EFFICIENCY, EngineProfile, decode_step_s, prefill_s
+from control_plane.roofline import INTERCONNECT_EFFICIENCY, EngineProfile, all_reduce_latency_s, decode_step_s, prefill_s
 
 
 class PerformanceEstimate(TypedDict):
@@ -117,4 +117,4 @@ class _ReplicaSteps:
         """One ring all-reduce, or all-gather and reduce-scatter, of the activations in every layer."""
         link = self.d.gpu.interconnect_gb_s * 1e9 * INTERCONNECT_EFFICIENCY
         moved = 2.0 * (ranks - 1) / ranks * tokens * self.d.model.hidden_size * 2.0
-        return self.d.model.layers * (ALL_REDUCE_LATENCY_S + moved / link)
+        return self.d.model.layers * (all_reduce_latency_s(ranks) + moved / link)

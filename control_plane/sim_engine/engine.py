@@ -52,6 +52,8 @@ class SimEngine:
         kind: ``generate``, or ``embedding`` (embeddings, rerank, score, pooling; no generation).
         scheduling_policy: ``fcfs`` or ``priority``.
         max_model_len: longest context in tokens, if less than the profile's.
+        max_num_seqs, max_num_batched_tokens, block_size, num_gpu_blocks_override: as vLLM's flags of these names; the profile's by
+            default.
         prefix_caching: keep prefix blocks.
         responses_store: keep answers of ``/v1/responses`` (``VLLM_ENABLE_RESPONSES_API_STORE=1`` in vLLM; off there and here).
         jitter: sigma of the lognormal noise on step times.
@@ -69,6 +71,10 @@ class SimEngine:
         kind: str = "generate",
         scheduling_policy: str = "fcfs",
         max_model_len: int | None = None,
+        max_num_seqs: int | None = None,
+        max_num_batched_tokens: int | None = None,
+        block_size: int | None = None,
+        num_gpu_blocks_override: int | None = None,
         prefix_caching: bool = True,
         responses_store: bool = False,
         jitter: float = 0.0,
@@ -85,8 +91,19 @@ class SimEngine:
         if max_model_len is not None and max_model_len < 1:
             raise ConfigurationError(f"max_model_len {max_model_len} is not 1 or more", param="max_model_len")
         found = named_profile(profile) if isinstance(profile, str) else profile
-        if max_model_len is not None:
-            found = replace(found, max_model_len_tokens=min(max_model_len, found.max_model_len_tokens))
+        overrides = {
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "block_size_tokens": block_size,
+            "kv_block_count_override": num_gpu_blocks_override,
+            "max_model_len_tokens": None if max_model_len is None else min(max_model_len, found.max_model_len_tokens),
+        }
+        found = replace(found, **{name: value for name, value in overrides.items() if value is not None})  # type: ignore[arg-type]
+        if found.max_num_batched_tokens < found.max_num_seqs:
+            raise ConfigurationError(
+                f"max_num_batched_tokens {found.max_num_batched_tokens} is less than max_num_seqs {found.max_num_seqs}",
+                param="max_num_batched_tokens",
+            )
         self.profile = found
         self.model_name = model_name or found.model.name
         self.kind = kind

@@ -21,13 +21,16 @@ from control_plane.simulator.scenario import Arm, Scenario
 from control_plane.simulator.workload import Workload
 
 #: changes whenever what is simulated does: kept capacities of other versions are not used
-VERSION: Final = 1
+VERSION: Final = 3
 #: a rate is kept up with when at least this share of what comes in the window also ends in it
-KEPT_UP: Final = 0.95
+KEPT_UP: Final = 0.97
 #: bisection ends when the bounds are this close
 PRECISION: Final = 1.03
 PROBE_WARMUP_S: Final = 60.0
 PROBE_S: Final = 150.0
+#: a window in which fewer come says little
+LEAST_REQUESTS: Final = 2000
+LONGEST_PROBE_S: Final = 7200.0
 #: batch that the first guess assumes
 _GUESS_BATCH: Final = 64
 _MOST_PROBES: Final = 40
@@ -39,7 +42,7 @@ def capacity_rps(
 ) -> float:
     """Highest rate, in requests a second, that the fleet keeps up with under the default policy and router.
 
-    A rate is kept up with when at least 95 % of as many requests end in the window as come in it. ``kept``: a file of capacities found
+    A rate is kept up with when at least 97 % of as many requests end in the window as come in it. ``kept``: a file of capacities found
     before. Raises InvalidRequest when not even one request in a thousand seconds is kept up with.
     """
     key = _key(scenario, probe_s)
@@ -71,6 +74,7 @@ def default_store() -> Path:
 
 
 def _keeps_up(scenario: Scenario, rate_rps: float, probe_s: float) -> bool:
+    probe_s = min(max(probe_s, LEAST_REQUESTS / rate_rps), LONGEST_PROBE_S)
     length_s = PROBE_WARMUP_S + probe_s
     workload = at_rate(scenario.workload, rate_rps, length_s, Random(f"capacity {scenario.seed}"))
     result = simulate(replace(scenario, workload=workload, warmup_s=PROBE_WARMUP_S, duration_s=probe_s), Arm())

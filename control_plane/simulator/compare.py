@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -85,7 +86,7 @@ class Plan:
 
     Attributes:
         left_out: requests of the trace that no engine of the fleet can hold.
-        duration_s: of what is judged.
+        duration_s: of what is judged; ``tail_s``: how long requests go on coming after it.
     """
 
     comparison: Comparison
@@ -96,6 +97,7 @@ class Plan:
     source: str
     block_tokens: int
     duration_s: float
+    tail_s: float
     jobs: list[Job] = field(default_factory=list)
 
 
@@ -128,7 +130,9 @@ def prepare(
     if not duration_s:
         duration_s = _long_enough(base, in_rps, LEAST_S, told)
     workload = base.workload
-    plan = Plan(comparison, base.fleet, capacity, left_out, len(workload.requests), workload.source, workload.block_tokens, duration_s)
+    plan = Plan(
+        comparison, base.fleet, capacity, left_out, len(workload.requests), workload.source, workload.block_tokens, duration_s, TAIL_S
+    )
     plan.jobs = [
         Job(arm, text, rps, seed)
         for seed in range(comparison.seeds)
@@ -243,27 +247,37 @@ def _arrivals(comparison: Comparison, rate_rps: float, length_s: float, seed: in
     return at_rate(_kept_base(comparison).workload, rate_rps, length_s, Random(f"arrivals {seed} {rate_rps!r}"))
 
 
-def run_job(comparison: Comparison, duration_s: float, job: Job) -> tuple[Job, Row, Curves]:
+def run_job(comparison: Comparison, duration_s: float, tail_s: float, job: Job) -> tuple[Job, Row, Curves]:
     """One run, in whatever process."""
     warmup_s = comparison.warmup_s
-    workload = _arrivals(comparison, job.rate_rps, warmup_s + duration_s + TAIL_S, job.seed)
+    workload = _arrivals(comparison, job.rate_rps, warmup_s + duration_s + tail_s, job.seed)
     scenario = replace(_kept_base(comparison), workload=workload, seed=job.seed, warmup_s=warmup_s, duration_s=duration_s)
     result = simulate(scenario, job.arm)
     return job, row_of(result, as_told(job.rate)), curves_of(result)
 
 
 def _run(plan: Plan, jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, Row, Curves]]:
-    one = functools.partial(run_job, plan.comparison, plan.duration_s)
-    if processes == 1 or len(jobs) == 1:
+    one = functools.partial(run_job, plan.comparison, plan.duration_s, plan.tail_s)
+    if processes == 1 or len(jobs) < 2:
         yield from map(one, jobs)
         return
-    with concurrent.futures.ProcessPoolExecutor(min(processes, len(jobs)), mp_context=multiprocessing.get_context("spawn")) as pool:
+    pool = concurrent.futures.ProcessPoolExecutor(
+        min(processes, len(jobs)), mp_context=multiprocessing.get_context("spawn"), initializer=_leave_interrupts_to_the_parent
+    )
+    with pool:
         try:
             for future in concurrent.futures.as_completed([pool.submit(one, job) for job in jobs]):
                 yield future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            for worker in multiprocessing.active_children():  # nobody waits for a run of minutes that nobody wants
+                worker.terminate()
             raise
+
+
+def _leave_interrupts_to_the_parent() -> None:
+    """Ctrl-C reaches every process of the terminal; one of them speaks."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _long_enough(base: Scenario, rates_rps: Sequence[float], duration_s: float, told: Callable[[str], None]) -> float:

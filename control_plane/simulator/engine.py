@@ -14,7 +14,7 @@ from typing import Final
 import msgspec
 
 from control_plane.engines.model import EngineModel, ModelSequence
-from control_plane.engines.sequence import State
+from control_plane.engines.state import State
 from control_plane.errors import EngineError, InstanceFailed
 from control_plane.protocols import Call, EngineOutcome, Headers, Sink, WireRequest
 from control_plane.roofline import EngineProfile
@@ -36,15 +36,15 @@ _ANSWER: Final = b'{"choices":[{"index":0,"text":"","finish_reason":"length"}]}'
 class Served(ModelSequence):
     """One request in an engine, and the Call that its sink got."""
 
-    __slots__ = ("arriving", "block_ids", "engine", "share", "sink", "streamed", "told", "told_s")
+    __slots__ = ("arriving", "block_ids", "engine", "sink", "streamed", "told", "told_s")
 
-    def __init__(self, engine: VirtualEngine, sink: Sink, trace: TraceRequest, share: int, *, streamed: bool, priority: int) -> None:
+    def __init__(
+        self, engine: VirtualEngine, sink: Sink, trace: TraceRequest, block_ids: tuple[int, ...], *, streamed: bool, priority: int
+    ) -> None:
         super().__init__(max(1, trace.prompt_tokens), max(1, trace.output_tokens), priority=priority)
         self.engine = engine
         self.sink = sink
-        self.block_ids = trace.block_ids
-        #: engine blocks in one block of the trace
-        self.share = share
+        self.block_ids = block_ids
         self.streamed = streamed
         #: output tokens that the sink knows of, and when it was told last
         self.told = 0
@@ -53,10 +53,8 @@ class Served(ModelSequence):
         self.arriving: Wake | None = None
 
     def hashes(self, blocks: int) -> Sequence[int]:
-        """An engine block is known by the trace block that it lies in and its place there; equal ones have equal tokens before them."""
-        share = self.share
-        found = [block * share + place for block in self.block_ids[: -(-blocks // share)] for place in range(share)]
-        return found if len(found) <= blocks else found[:blocks]
+        """A hash stands for as many engine blocks as lie in one of the trace: nothing finer is known of what is shared."""
+        return self.block_ids[:blocks]
 
     # the Call
 
@@ -79,7 +77,7 @@ class VirtualEngine:
         on_start: hears of every request sent here, before anything is done with it.
         block_tokens: tokens of one block of the workload.
         delay_s: seconds from sending a request until the engine's scheduler sees it, and back: network and the server's own work,
-            all charged on the way in.
+            all charged on the way in. What the profile's server takes for itself comes to it.
         jitter: sigma of the lognormal noise on step times, drawn from ``rng``.
     """
 
@@ -101,7 +99,17 @@ class VirtualEngine:
     ) -> None:
         self.instance = instance
         self.profile = profile
-        self._fresh_model = partial(EngineModel, profile, scheduling=scheduling, caching=caching, rng=rng, jitter=jitter)
+        # where a block of the trace is no number of the engine's, nothing of it is known to be shared
+        self._shares = block_tokens % profile.block_size_tokens == 0
+        self._fresh_model = partial(
+            EngineModel,
+            profile,
+            scheduling=scheduling,
+            caching=caching,
+            hash_blocks=block_tokens // profile.block_size_tokens if self._shares else 1,
+            rng=rng,
+            jitter=jitter,
+        )
         self.model = self._fresh_model()
         self.context = min(profile.max_model_len_tokens, self.model.blocks.total * profile.block_size_tokens)
         #: how often it was asked for anything but work
@@ -110,9 +118,9 @@ class VirtualEngine:
         self._loop = loop
         self._trace_of = trace_of
         self._on_start = on_start
-        #: where the trace's blocks are no multiple of ours, nothing of it is known to be shared
-        self._share = block_tokens // profile.block_size_tokens if block_tokens % profile.block_size_tokens == 0 else 0
         self._delay_s = delay_s
+        #: when its server is through with the requests before
+        self._front_free_s = 0.0
         self._wake: Wake | None = None
         self._wake_s = 0.0
         self._steps_untold = 0
@@ -127,9 +135,7 @@ class VirtualEngine:
             self._on_start(request.request_id, self)
         trace = self._trace_of(request.request_id) or TraceRequest(0.0, request.input_tokens or 8, request.max_tokens or 1)
         priority = int(request.priority) if self.model.by_priority else 0
-        served = Served(self, sink, trace, self._share, streamed=wire.stream, priority=priority)
-        if not self._share:
-            served.block_ids = ()
+        served = Served(self, sink, trace, trace.block_ids if self._shares else (), streamed=wire.stream, priority=priority)
         if self._down:
             sink.failed(InstanceFailed("the engine is down", instance_id=self.instance.instance_id, connected=False, reached=False))
             return served
@@ -137,8 +143,12 @@ class VirtualEngine:
             sink.failed(self._too_long(served))
             return served
         self._served[served] = None
-        if self._delay_s:
-            served.arriving = self._loop.wake_at(self._loop.time() + self._delay_s, lambda: self._arrive(served))
+        profile, now_s = self.profile, self._loop.time()
+        begin_s = max(now_s, self._front_free_s)
+        self._front_free_s = begin_s + profile.request_serial_s
+        arrive_s = begin_s + self._delay_s + profile.request_s + profile.prompt_token_s * served.prompt_tokens
+        if arrive_s > now_s:
+            served.arriving = self._loop.wake_at(arrive_s, lambda: self._arrive(served))
         else:
             self._arrive(served)
         return served

@@ -17,9 +17,10 @@ _PART: Final = re.compile(r"(?P<count>\d{1,6})x(?P<profile>[^:]+)(?::(?P<role>[a
 
 @dataclass(frozen=True, slots=True)
 class FleetPart:
-    """Engines of one kind."""
+    """Engines of one kind. ``named``: how the profile was written, a name of the catalogue or a file."""
 
     count: int
+    named: str
     profile: EngineProfile
     role: ExecutionInstanceType
 
@@ -69,7 +70,7 @@ class FleetSpec:
             gpu_memory_gb=of.gpu.memory_gb,
             price_per_gpu_hour_usd=of.gpu.price_per_hour_usd,
             instance_type=part.role,
-            profile=of.name,
+            profile=part.named,
         )
 
 
@@ -88,7 +89,7 @@ def parse_fleet(text: str) -> FleetSpec:
         except ValueError:
             known = ", ".join(ExecutionInstanceType)
             raise InvalidRequest(f"fleet {piece.strip()!r}: role {found['role']!r} is not one of {known}", param="fleet") from None
-        parts.append(FleetPart(count, profile(found["profile"]), role))
+        parts.append(FleetPart(count, found["profile"], profile(found["profile"]), role))
     models = sorted({part.profile.model.name for part in parts})
     if len(models) > 1:
         raise InvalidRequest(f"fleet {text!r} mixes models ({', '.join(models)}); a trace is run by one", param="fleet")

@@ -26,6 +26,8 @@ from control_plane.simulator.workload import TraceRequest, Workload
 SPREAD_ARRIVALS: Final = 16
 #: above this mean a Poisson number is drawn by its normal approximation
 _NORMAL_FROM: Final = 30.0
+#: sums of times differ by less
+_ROUNDING_S: Final = 1e-6
 
 
 def at_rate(workload: Workload, rate_rps: float, duration_s: float, rng: Random) -> Workload:
@@ -126,11 +128,12 @@ class _Sessions:
         #: when the last request of the last session to end comes
         self.end_s = max(one.start_s + one.members[-1].offset_s for one in self.all)
 
-    def sizes(self, room_s: float) -> list[int]:
-        """How many requests of each session come before ``room_s``."""
-        if room_s > self.end_s:
+    def sizes(self, begin_s: float, duration_s: float) -> list[int]:
+        """How many requests of each session come before ``duration_s`` in a round that begins at ``begin_s``."""
+        if begin_s + self.end_s + _ROUNDING_S < duration_s:
             return [len(one.members) for one in self.all]
-        return [sum(one.start_s + member.offset_s < room_s for member in one.members) for one in self.all]
+        # summed up as their times are, so that both round alike
+        return [sum(begin_s + one.start_s + member.offset_s < duration_s for member in one.members) for one in self.all]
 
 
 def _session(requests: list[TraceRequest], common: set[int]) -> _Session:
@@ -172,6 +175,8 @@ def _merged(sessions: _Sessions, wanted: int, duration_s: float, rng: Random) ->
             yield _told(waiting, duration_s)
         for copy in range(copies):
             begin_s = start_s + (rng.random() * min(sessions.spread_s, latest_s - start_s) if copy else 0.0)
+            if begin_s >= duration_s:
+                begin_s = start_s  # rounded up
             name = f"{session.name}~{order}" if session.name else ""
             heapq.heappush(waiting, (begin_s, order, 0, session, begin_s, next_id, name))
             next_id += session.private_blocks
@@ -204,7 +209,7 @@ def _drawn(sessions: _Sessions, wanted: int, duration_s: float, rng: Random) -> 
     seen = 0
     for number in range(rounds):
         begin_s = number * period_s
-        sizes = sessions.sizes(duration_s - begin_s)
+        sizes = sessions.sizes(begin_s, duration_s)
         seen += sum(sizes)
         copies = _copies(sizes, wanted / total, round(wanted * seen / total) - done, rng, needed=not done and seen == total)
         for session, size, count in zip(sessions.all, sizes, copies, strict=True):
@@ -216,9 +221,9 @@ def _drawn(sessions: _Sessions, wanted: int, duration_s: float, rng: Random) -> 
 
 def _requests_in(sessions: _Sessions, rounds: int, duration_s: float) -> int:
     """Requests that come within ``duration_s`` where every session comes once a round."""
-    whole = min(rounds, max(0, math.ceil((duration_s - sessions.end_s) / sessions.period_s)))
+    whole = min(rounds, max(0, math.ceil((duration_s - sessions.end_s) / sessions.period_s) - 1))
     requests = sum(len(one.members) for one in sessions.all)
-    return whole * requests + sum(sum(sessions.sizes(duration_s - number * sessions.period_s)) for number in range(whole, rounds))
+    return whole * requests + sum(sum(sessions.sizes(number * sessions.period_s, duration_s)) for number in range(whole, rounds))
 
 
 def _copies(sizes: list[int], factor: float, target: int, rng: Random, *, needed: bool) -> list[int]:

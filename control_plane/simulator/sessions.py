@@ -9,7 +9,7 @@ block are one session. In Mooncake's conversation trace the widest node but its 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import count, pairwise
 from typing import Final
 
 from control_plane.simulator.workload import TraceRequest
@@ -75,11 +75,14 @@ def name_sessions(requests: Sequence[TraceRequest]) -> int:
                     # the earlier one stays the root, so that sessions are numbered in order of their first request
                     low, high = sorted((root(before), root(place)))
                     parents[high] = low
+    told = {request.session_id for request in requests}
+    free = (name for number in count(1) if (name := f"s{number}") not in told)
     names: dict[int, str] = {}
     for place, request in enumerate(requests):
         if not request.session_id and (top := root(place)) != place:
-            name = names.setdefault(top, f"s{len(names) + 1}")
-            request.session_id = requests[top].session_id = name
+            if top not in names:
+                names[top] = requests[top].session_id = next(free)
+            request.session_id = names[top]
     return len(names)
 
 

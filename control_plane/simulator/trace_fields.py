@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from control_plane.errors import InvalidRequest, quoted
-from control_plane.simulator.workload import TraceRequest
+from control_plane.simulator.workload import TRACE_BLOCK_TOKENS, TraceRequest
 from control_plane.types import RequestPriority
 
 REQUIRED: Final = ("arrival_s", "prompt_tokens", "output_tokens")
@@ -31,6 +31,10 @@ MAX_ARRIVAL_S: Final = 1e11
 MAX_TOKENS: Final = 100_000_000
 MAX_BLOCK_TOKENS: Final = 1_048_576
 MAX_NAME: Final = 256
+#: of English text, where a recording tells nothing better
+BYTES_PER_TOKEN: Final = 4.0
+#: the usual KV block of an engine: what is cached is counted in these
+ENGINE_BLOCK_TOKENS: Final = 16
 _SEPARATORS: Final = re.compile(r"[\s;|,]+")
 #: the fraction of a second may have any number of digits (Azure's has seven)
 _FRACTION: Final = re.compile(r"\.(\d+)")
@@ -52,6 +56,7 @@ class Fault(Exception):
 
 def request_of(row: Mapping[str, Any], chains: dict[tuple[int, Any], int], block_tokens: int) -> TraceRequest:
     """The request in ``row``, whose names are ours. ``chains``: block ids known so far, by the block before and the name in the file.
+    ``block_tokens``: of one block, 0: not known yet.
 
     Raises Fault.
     """
@@ -68,19 +73,54 @@ def request_of(row: Mapping[str, Any], chains: dict[tuple[int, Any], int], block
         request.think_s = _seconds(given, "think_s")
     if (given := row.get("block_ids")) not in (None, "", []):
         request.block_ids = _blocks(given, chains)
-        room = -(-(prompt_tokens + output_tokens) // block_tokens)
-        if len(request.block_ids) > room:
+        room = -(-(prompt_tokens + output_tokens) // (block_tokens or 1))
+        if block_tokens and len(request.block_ids) > room:
             wanted = f"{prompt_tokens} + {output_tokens} tokens fill {room} of {block_tokens} tokens at most; is block_tokens right?"
             raise Fault("block_ids", f"{len(request.block_ids)} blocks", wanted)
     return request
 
 
-def block_tokens_in(value: object) -> int:
-    """``block_tokens`` of a header. Raises Fault."""
-    found = _count(value, "block_tokens", 1)
-    if found > MAX_BLOCK_TOKENS:
-        raise Fault("block_tokens", value, f"at most {MAX_BLOCK_TOKENS:,} would be right")
-    return found
+class Header(NamedTuple):
+    """What a block of the lines after it is: so many tokens, or so many bytes of a prompt's text (0: tokens)."""
+
+    block_tokens: int = TRACE_BLOCK_TOKENS
+    block_bytes: int = 0
+
+
+def header_of(row: Mapping[str, Any]) -> Header:
+    """Raises Fault."""
+    found = {}
+    for name in Header._fields:
+        if name in row:
+            found[name] = _count(row[name], name, 1)
+            if found[name] > MAX_BLOCK_TOKENS:
+                raise Fault(name, row[name], f"at most {MAX_BLOCK_TOKENS:,} would be right")
+    return Header(**found)
+
+
+class PromptSizes:
+    """Bytes and tokens of the prompts of a recording, in which blocks are cut by bytes: tokens are an engine's secret until it ends."""
+
+    def __init__(self) -> None:
+        self._bytes = 0
+        self._tokens = 0
+
+    def add(self, row: Mapping[str, Any], request: TraceRequest) -> None:
+        """Raises Fault."""
+        if row.get("prompt_bytes") not in (None, ""):
+            self._bytes += _count(row["prompt_bytes"], "prompt_bytes", 1)
+            self._tokens += request.prompt_tokens
+
+    def settle(self, header: Header, requests: Sequence[TraceRequest]) -> int:
+        """Tokens of a block. Of a recording: by the mean bytes of a token over all its prompts, in whole blocks of an engine; a prompt
+        keeps as many blocks as it then fills."""
+        if not header.block_bytes:
+            return header.block_tokens
+        tokens = header.block_bytes * (self._tokens / self._bytes if self._bytes else 1.0 / BYTES_PER_TOKEN)
+        block_tokens = max(1, round(tokens / ENGINE_BLOCK_TOKENS)) * ENGINE_BLOCK_TOKENS
+        for request in requests:
+            request.block_ids = request.block_ids[: -(-request.prompt_tokens // block_tokens)]
+        return block_tokens
 
 
 def _arrival(value: object, *, ms: bool) -> float:

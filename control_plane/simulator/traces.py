@@ -4,7 +4,7 @@ Understood, each with or without gzip:
 
 * CSV with a header: ``arrival_s``, ``prompt_tokens``, ``output_tokens`` in any order, and any of the optional columns;
 * CSV as Azure publishes it: ``TIMESTAMP,ContextTokens,GeneratedTokens``;
-* JSON lines with the same names, as ``control-plane record`` writes them (its first line says how many tokens a block has);
+* JSON lines with the same names, as ``control-plane record`` writes them; a line with ``trace`` in it says what a block is;
 * JSON lines as Mooncake publishes them: ``timestamp`` in ms, ``input_length``, ``output_length``, ``hash_ids``.
 """
 
@@ -24,8 +24,8 @@ import msgspec
 
 from control_plane.errors import InvalidRequest, quoted
 from control_plane.simulator.sessions import name_sessions
-from control_plane.simulator.trace_fields import ALIASES, OPTIONAL, REQUIRED, Fault, block_tokens_in, request_of
-from control_plane.simulator.workload import TRACE_BLOCK_TOKENS, TraceRequest, Workload
+from control_plane.simulator.trace_fields import ALIASES, OPTIONAL, REQUIRED, Fault, Header, PromptSizes, header_of, request_of
+from control_plane.simulator.workload import TraceRequest, Workload
 
 MAX_LINE_BYTES: Final = 16 * 1024 * 1024
 MAX_REQUESTS: Final = 10_000_000
@@ -64,7 +64,7 @@ TRACES: Final[Mapping[str, Carried]] = {
 def load_trace(name_or_path: str | Path) -> Workload:
     """The trace that the package carries under that name, else the file at that path, its requests in order of arrival.
 
-    Requests of a file that tells no sessions are grouped into sessions by their blocks (:mod:`~control_plane.simulator.sessions`).
+    Requests that the file names no session for are grouped into sessions by their blocks (:mod:`~control_plane.simulator.sessions`).
     Raises InvalidRequest for what is neither a name nor a readable file, and for a file that holds no trace: it names the file, the
     line, the field and what would be right.
     """
@@ -86,8 +86,7 @@ def load_trace(name_or_path: str | Path) -> Workload:
         start_s = requests[0].arrival_s
         for request in requests:
             request.arrival_s = round(request.arrival_s - start_s, 6)
-    if not any(request.session_id for request in requests):
-        name_sessions(requests)
+    name_sessions(requests)
     name = str(name_or_path) if carried is not None else path.name.removesuffix(".gz").rpartition(".")[0] or path.name
     return Workload(name, requests, block_tokens, carried.source if carried is not None else f"file {path}")
 
@@ -124,23 +123,25 @@ def _read(file: IO[bytes], name: str) -> tuple[list[TraceRequest], int]:
     if first is None:
         raise InvalidRequest(f"trace {quoted(name)!r} is empty; a header and a line for each request would be right", param="trace")
     reader = _json_rows if first[1].startswith(("{", "[")) else _csv_rows
-    block_tokens = 0
+    header = Header()
+    sizes = PromptSizes()
     requests: list[TraceRequest] = []
     # ids are chained: what counts is that everything before is equal too, and small numbers take less room than hashes
     chains: dict[tuple[int, Any], int] = {}
     for number, row in reader(first, lines, name):
         try:
-            if isinstance(row, int):
-                block_tokens = row
-            else:
-                requests.append(request_of(row, chains, block_tokens or TRACE_BLOCK_TOKENS))
+            if isinstance(row, Header):
+                header = row
+                continue
+            requests.append(request_of(row, chains, 0 if header.block_bytes else header.block_tokens))
+            sizes.add(row, requests[-1])
         except Fault as fault:
             raise fault.at(name, number) from None
         if len(requests) > MAX_REQUESTS:
             raise InvalidRequest(f"{quoted(name)}, line {number}: more than {MAX_REQUESTS:,} requests; split the file", param="trace")
     if not requests:
         raise InvalidRequest(f"trace {quoted(name)!r} has a header and no requests", param="trace")
-    return requests, block_tokens or TRACE_BLOCK_TOKENS
+    return requests, sizes.settle(header, requests)
 
 
 def _lines(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
@@ -166,7 +167,7 @@ def _lines(file: IO[bytes], name: str) -> Iterator[tuple[int, str]]:
             yield number, text
 
 
-_Rows = Iterator[tuple[int, "int | Mapping[str, Any]"]]
+_Rows = Iterator[tuple[int, "Header | Mapping[str, Any]"]]
 
 
 def _json_rows(first: tuple[int, str], rest: Iterator[tuple[int, str]], name: str) -> _Rows:
@@ -180,7 +181,7 @@ def _json_rows(first: tuple[int, str], rest: Iterator[tuple[int, str]], name: st
             raise InvalidRequest(f"{quoted(name)}, line {number}: not an object; one JSON object a line would be right", param="trace")
         if "trace" in row or (number == first[0] and "block_tokens" in row):
             try:
-                yield number, block_tokens_in(row.get("block_tokens", TRACE_BLOCK_TOKENS))
+                yield number, header_of(row)
             except Fault as fault:
                 raise fault.at(name, number) from None
             continue
@@ -205,7 +206,7 @@ def _csv_rows(first: tuple[int, str], rest: Iterator[tuple[int, str]], name: str
         key, _, value = text.lstrip("# ").partition("=")
         if key.strip() == "block_tokens":
             try:
-                yield number, block_tokens_in(value.strip())
+                yield number, header_of({"block_tokens": value.strip()})
             except Fault as fault:
                 raise fault.at(name, number) from None
     delimiter = "\t" if "\t" in text else ","

@@ -10,7 +10,8 @@ from control_plane.transport.request_head import RequestHead
 from control_plane.transport.wire import JOIN_BYTES, chunk_frame, head_bytes, header_value, status_line
 
 if TYPE_CHECKING:
-    from control_plane.transport.connection import ServerConnection
+    from control_plane.transport.channel import Channel
+    from control_plane.transport.pipeline import Pipeline
 
 # how the body under way is framed
 _UNSET: Final = 0
@@ -38,10 +39,11 @@ class Exchange:
     """
 
     __slots__ = (
-        "_connection",
+        "_channel",
         "_framing",
         "_head",
         "_left_bytes",
+        "_pipeline",
         "body",
         "finished",
         "head",
@@ -53,8 +55,9 @@ class Exchange:
         "started",
     )
 
-    def __init__(self, connection: ServerConnection, head: RequestHead, body: bytes, received_s: float) -> None:
-        self._connection = connection
+    def __init__(self, pipeline: Pipeline, channel: Channel, head: RequestHead, body: bytes, received_s: float) -> None:
+        self._pipeline = pipeline
+        self._channel = channel
         self.head = head
         self.body = body
         self.keep_alive = head.keep_alive
@@ -98,7 +101,7 @@ class Exchange:
     @property
     def peer(self) -> str:
         """The client's IP address; empty where there is none (a Unix socket)."""
-        return self._connection.peer
+        return self._channel.peer
 
     @property
     def unsent(self) -> bool:
@@ -107,7 +110,7 @@ class Exchange:
 
     @property
     def tls(self) -> bool:
-        return self._connection.tls
+        return self._channel.tls
 
     def header(self, name: bytes) -> bytes | None:
         """The first value of a header; ``name`` in lower case."""
@@ -133,9 +136,9 @@ class Exchange:
         if self.method == "HEAD":
             body = b""
         if len(body) <= JOIN_BYTES:
-            self._connection.transport.write(head + body)
+            self._channel.transport.write(head + body)
         else:
-            self._connection.transport.writelines((head, body))
+            self._channel.transport.writelines((head, body))
         self._finish()
 
     def start(self, status: int, headers: Headers, content_length: int | None = None) -> None:
@@ -157,28 +160,28 @@ class Exchange:
     def flush_head(self) -> None:
         """Send the head now, ahead of the first byte of the body."""
         if self._head:
-            self._connection.transport.write(self._head)
+            self._channel.transport.write(self._head)
             self._head = b""
 
     def write(self, data: bytes) -> None:
         """Send a piece of the body. More than the announced length drops the connection and raises ValueError."""
         if self._framing == _CHUNKED and data:
             if len(data) > JOIN_BYTES:
-                self._connection.transport.writelines((self._head, b"%x\r\n" % len(data), data, b"\r\n"))
+                self._channel.transport.writelines((self._head, b"%x\r\n" % len(data), data, b"\r\n"))
                 self._head = b""
                 return
             frame = b"%x\r\n%b\r\n" % (len(data), data)
             if self._head:
                 frame = self._head + frame
                 self._head = b""
-            self._connection.transport.write(frame)
+            self._channel.transport.write(frame)
         else:
             self._write_unframed(data)
 
     def write_frame(self, frame: bytes, data: bytes) -> None:
         """:meth:`write` of ``data``, which ``frame`` holds framed as one chunk."""
         if self._framing == _CHUNKED and not self._head:
-            self._connection.transport.write(frame)
+            self._channel.transport.write(frame)
         else:
             self.write(data)
 
@@ -187,7 +190,7 @@ class Exchange:
         framing = self._framing
         if framing == _CHUNKED:
             last = chunk_frame(data) if data else b""
-            self._connection.transport.write(b"%b%b0\r\n\r\n" % (self._head, last))
+            self._channel.transport.write(b"%b%b0\r\n\r\n" % (self._head, last))
         elif framing == _UNSET:
             if not self.finished:
                 raise RuntimeError("end() before start()")
@@ -207,7 +210,7 @@ class Exchange:
         """Drop the connection: the answer cannot be completed, and the client must not take it for complete."""
         if not self.finished:
             self.detach()
-            self._connection.exchange_aborted()
+            self._pipeline.aborted()
 
     def detach(self) -> None:
         """The transport's own: nothing written from now on reaches the connection."""
@@ -249,12 +252,12 @@ class Exchange:
                 self.abort()
                 raise ValueError(f"{-self._left_bytes} bytes more than the announced content-length")
         if len(data) <= JOIN_BYTES:
-            self._connection.transport.write(self._head + data if self._head else data)
+            self._channel.transport.write(self._head + data if self._head else data)
         else:
-            self._connection.transport.writelines((self._head, data))
+            self._channel.transport.writelines((self._head, data))
         self._head = b""
 
     def _finish(self) -> None:
         self.finished = True
         self._framing = _OVER
-        self._connection.exchange_finished(self.keep_alive)
+        self._pipeline.finished(self.keep_alive)

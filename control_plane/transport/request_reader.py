@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol
 
 import httptools
 
+from control_plane.body_memory import BodyMemory
 from control_plane.transport.heads import END, MAX_HEAD_BYTES, HeadMemory
 from control_plane.transport.limits import ServerLimits
 from control_plane.transport.request_head import Refused, RequestHead, check_framing, check_target, refused_by_parser, without_upgrade
@@ -27,12 +28,14 @@ BULK_BYTES: Final = 65_536
 
 
 class Receiving:
-    """What all connections of a server share: the bytes of unfinished bodies, and the heads that are known."""
+    """What all connections of a server share: the bytes of unfinished bodies, the memory for bodies of which they are a part, and the
+    heads that are known."""
 
-    __slots__ = ("heads", "total_bytes")
+    __slots__ = ("heads", "memory", "total_bytes")
 
-    def __init__(self) -> None:
+    def __init__(self, memory: BodyMemory | None = None) -> None:
         self.total_bytes = 0
+        self.memory = memory or BodyMemory()
         self.heads: HeadMemory[RequestHead] = HeadMemory()
 
 
@@ -57,6 +60,7 @@ class RequestReader:
         "_head",
         "_head_bytes",
         "_headers",
+        "_held_bytes",
         "_length",
         "_limits",
         "_method",
@@ -91,6 +95,8 @@ class RequestReader:
         self._body = b""
         self._more: BytesIO | None = None
         self._received_bytes = 0
+        #: of those, what is counted as held
+        self._held_bytes = 0
         self._bulk_left_bytes = 0
         #: fed since the head's start, and since the body last grew
         self._head_bytes = 0
@@ -192,6 +198,7 @@ class RequestReader:
             # of a head that began behind another request, in the same read, this read's part is not counted
             self._head_bytes = 0 if self._head_bytes < 0 else self._head_bytes + len(data)
         elif phase == IN_BODY:
+            self._hold()
             if self._length >= BULK_BYTES:
                 self._bulk_left_bytes = self._length - self._received_bytes
             elif self._length < 0:
@@ -216,10 +223,15 @@ class RequestReader:
             # the old parser still waits for this body
             self._parser = httptools.HttpRequestParser(self)
             self._complete()
+        else:
+            self._hold()
         return data[left_bytes:]
 
     def _bound_overhead(self, fed_bytes: int) -> None:
-        """Chunk extensions and trailers: bytes that do not make the body longer."""
+        """Chunk extensions and trailers: reads that do not make the body longer."""
+        if self._barren_bytes < 0:
+            self._barren_bytes = 0
+            return
         self._barren_bytes += fed_bytes
         if self._barren_bytes > self._limits.max_header_bytes:
             raise Refused(431, "invalid_request", "Too many bytes of trailers or chunk extensions.")
@@ -274,7 +286,7 @@ class RequestReader:
             self._taker.send_continue()
 
     def on_body(self, data: bytes) -> None:
-        self._barren_bytes = 0
+        self._barren_bytes = -1  # this read is none of them
         if self._received_bytes:
             self._append(data)
         else:
@@ -294,15 +306,23 @@ class RequestReader:
         if more is None:
             more = self._more = BytesIO()
             more.write(self._body)
-            self._receiving.total_bytes += len(self._body)
             self._body = b""
         self._received_bytes += len(data)
-        self._receiving.total_bytes += len(data)
         if self._received_bytes > self._limits.max_body_bytes:
             raise self._body_too_large()
-        if self._receiving.total_bytes > self._limits.max_receiving_bytes:
-            raise Refused(503, "too_many_connections", "Too many bytes are being received at once.", 1)
         more.write(data)
+
+    def _hold(self) -> None:
+        """Count what has come of a body that is not complete. One that comes in a single read never gets here."""
+        size = self._received_bytes - self._held_bytes
+        receiving = self._receiving
+        if receiving.total_bytes + size > self._limits.max_receiving_bytes:
+            raise Refused(503, "too_many_connections", "Too many bytes are being received at once.", 1)
+        if not receiving.memory.fits(size):
+            raise no_memory(receiving.memory, size)
+        self._held_bytes = self._received_bytes
+        receiving.total_bytes += size
+        receiving.memory.take(size)
 
     def _complete(self) -> None:
         body = self._body
@@ -322,12 +342,19 @@ class RequestReader:
         self._taker.take_request(head, body)
 
     def _forget_body(self) -> None:
-        if self._more is not None:
-            self._receiving.total_bytes -= self._received_bytes
-            self._more = None
+        self._receiving.total_bytes -= self._held_bytes
+        self._receiving.memory.give_back(self._held_bytes)
+        self._held_bytes = 0
+        self._more = None
         self._body = b""
         self._received_bytes = 0
         self._barren_bytes = 0
 
     def _body_too_large(self) -> Refused:
         return Refused(413, "payload_too_large", f"The request body is longer than {self._limits.max_body_bytes} bytes.")
+
+
+def no_memory(memory: BodyMemory, size: int) -> Refused:
+    """For a request whose ``size`` bytes do not fit."""
+    full = memory.full(size)
+    return Refused(full.http_status, full.code, full.message, 1)

@@ -9,6 +9,7 @@ import ssl as tls
 from collections.abc import Callable
 from typing import Any, Final
 
+from control_plane.body_memory import BodyMemory
 from control_plane.protocols import Headers
 from control_plane.transport.connection import ServerConnection
 from control_plane.transport.exchange import Exchange
@@ -42,10 +43,11 @@ class HttpServer:
         ssl: tls.SSLContext | None = None,
         refuse: Refuse | None = None,
         wheel: TimerWheel | None = None,
+        memory: BodyMemory | None = None,
     ) -> None:
-        """``refuse`` None: refusals have OpenAI's shape. ``wheel`` None: one of its own."""
+        """``refuse`` None: refusals have OpenAI's shape. ``wheel`` and ``memory`` (for bodies) None: one of its own."""
         self.limits = limits or ServerLimits()
-        self.receiving = Receiving()
+        self.receiving = Receiving(memory)
         self.open_exchanges = 0
         #: connections refused because descriptors were short
         self.turned_away = 0
@@ -104,11 +106,11 @@ class HttpServer:
     async def _drain(self, grace_s: float) -> None:
         end_s = self.loop.time() + grace_s
         for connection in list(self._connections):
-            connection.drain()
+            connection.pipeline.drain()
         while self._connections and self.loop.time() < end_s:
             await asyncio.sleep(_STOP_POLL_S)
         for connection in list(self._connections):
-            connection.abort()
+            connection.channel.abort()
         while self._connections:
             await asyncio.sleep(0)
 
@@ -122,12 +124,12 @@ class HttpServer:
         if most is not None:
             over = len(self._connections) - most
         if highest is not None:
-            over_descriptors = connection.descriptor - highest + 1
+            over_descriptors = connection.channel.descriptor - highest + 1
         if over <= 0 and over_descriptors <= 0:
             return True
         self.turned_away += over_descriptors > 0
         if over > _MOST_REFUSED or over_descriptors > min(_MOST_REFUSED, (highest or 0) // 16):
-            connection.abort()
+            connection.channel.abort()
         return False
 
     def forget(self, connection: ServerConnection) -> None:

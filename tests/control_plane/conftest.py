@@ -33,3 +33,4 @@ async def make() -> AsyncIterator[Make]:
     yield build
     for world in worlds:
         await world.manager.stop(drain_timeout_s=0.0)
+        assert world.manager.body_memory.held_bytes == 0, "however a request ends, the bytes of its body are given back"

@@ -227,7 +227,7 @@ def test_every_policy_and_strategy_is_named(page: str) -> None:
 
 def test_every_prometheus_series_is_told_and_no_other() -> None:
     manager = ControlPlaneManager()
-    reading = Readings([], 0, 0, 0, "fifo", "random")
+    reading = Readings([], 0, 0, 0, 0, 0, "fifo", "random")
     exporter = PrometheusExporter(manager.metrics, lambda: reading, manager.clock, events=manager.events, loop_lag=LoopLag(manager.clock))
     suffix = {"counter": "_total", "info": "_info"}
     there = {f"{family.name}{suffix.get(family.type, '')}": family.type for family in exporter.collect()}

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -414,5 +418,141 @@ def test_nothing_leaks_and_nobody_starves(actions: list[object], blocks: int, se
             assert sequence.cached_tokens % BLOCK == 0
             assert sequence.cached_tokens < sequence.prompt_tokens
             assert sequence.arrival_s <= sequence.scheduled_s <= sequence.finished_s
-    assert sum(model._boundary) == 0
-    assert model._context_tokens == 0
+    assert sum(model._batch._boundary) == 0
+    assert model._batch.context_tokens == 0
+
+
+Job = tuple[float, int, int, list[int], int]
+
+
+def workload(seed: int, count: int, spread_s: float) -> list[Job]:
+    """(arrival, prompt tokens, output tokens, hashes, priority) at times that are the end of no step."""
+    rng = Random(seed)
+    arrivals = sorted(rng.uniform(0.0, spread_s) for _ in range(count))
+    made = []
+    for arrival_s in arrivals:
+        prompt, output = rng.randint(1, 40), rng.randint(0, 60)
+        made.append((arrival_s, prompt, output, distinct(rng.randint(0, 3), (prompt + output) // BLOCK), rng.randint(0, 2)))
+    return made
+
+
+def serve(model: EngineModel, jobs: list[Job], max_steps: int, cuts: Random | None = None) -> list[ModelSequence]:
+    """Runs them as a simulator does: an arrival may cut the run under way, and ``cuts`` cuts it for nothing besides."""
+    sequences = [ModelSequence(prompt, output, block_hashes=hashes, priority=priority) for _, prompt, output, hashes, priority in jobs]
+    at, now_s = 0, 0.0
+    while at < len(jobs) or not model.idle or model.run is not None:
+        run = model.run or model.plan(now_s, max_steps)
+        if run is not None and cuts is not None and cuts.random() < 0.5:
+            run.cut(cuts.uniform(max(run.start_s, jobs[at - 1][0] if at else 0.0), run.end_s))
+        if at < len(jobs) and (run is None or jobs[at][0] < run.end_s):
+            if run is None:
+                now_s = max(now_s, jobs[at][0])
+            model.add(sequences[at], max(now_s, jobs[at][0]))
+            at += 1
+        elif run is not None:
+            now_s = run.end_s
+            model.complete()
+            model.blocks.check()
+            assert model.blocks.used <= model.blocks.total
+    return sequences
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 2**32),
+    count=st.integers(1, 12),
+    spread_s=st.sampled_from([0.0, 0.1, 1.0]),
+    blocks=st.integers(26, 60),
+    seqs=st.integers(1, 5),
+    scheduling=st.sampled_from(["fcfs", "priority"]),
+    caching=st.booleans(),
+)
+def test_many_steps_at_once_are_the_same_steps_also_where_they_are_cut(
+    seed: int, count: int, spread_s: float, blocks: int, seqs: int, scheduling: str, caching: bool
+) -> None:
+    jobs = workload(seed, count, spread_s)
+    told = []
+    for max_steps, cuts in ((1, None), (10_000, None), (10_000, Random(seed + 1)), (7, None)):
+        model = small(seqs=seqs, batched=24, blocks=blocks, scheduling=scheduling, caching=caching)
+        sequences = serve(model, jobs, max_steps, cuts)
+        counted = model.counters
+        counts = (counted.steps, counted.prompt_tokens, counted.generation_tokens, counted.prefix_hits, counted.preemptions)
+        places = [(s.cached_tokens, s.preemptions, s.generated) for s in sequences]
+        times = [value for s in sequences for value in (s.scheduled_s, s.first_token_s, s.finished_s)]
+        told.append((counts, places, pytest.approx(times, rel=1e-9)))
+    assert told[0][:2] == told[1][:2] == told[2][:2] == told[3][:2]
+    for other in told[1:]:
+        assert told[0][2].expected == other[2]
+
+
+@settings(max_examples=80, deadline=None)
+@given(seed=st.integers(0, 2**32), count=st.integers(2, 20), blocks=st.integers(26, 60), seqs=st.integers(1, 5))
+def test_first_come_first_served_starts_in_order_of_arrival_and_ends_all(seed: int, count: int, blocks: int, seqs: int) -> None:
+    model = small(seqs=seqs, batched=24, blocks=blocks)
+    sequences = serve(model, workload(seed, count, 0.3), 10_000)
+    assert {sequence.state for sequence in sequences} == {State.FINISHED}
+    for before, after in pairwise(sequences):
+        assert before.scheduled_s <= after.scheduled_s
+
+
+def test_hashes_may_stand_for_several_blocks_each() -> None:
+    shape = replace(profile("h100-llama3-8b"), block_size_tokens=BLOCK, max_num_seqs=4, max_num_batched_tokens=64)
+    model = EngineModel(shape, block_count=16, hash_blocks=2)
+    model.add(ModelSequence(30, 1, block_hashes=[1, 2, 3]), 0.0)
+    now_s = drain(model)
+    assert (model.blocks.cached, model.blocks.free) == (6, 16)
+    again = ModelSequence(25, 1, block_hashes=[1, 2, 3])
+    model.add(again, now_s)
+    now_s = drain(model, now_s)
+    assert again.cached_tokens == 24
+    other = ModelSequence(50, 1, block_hashes=[7, 8, 9, 10, 11, 12])
+    model.add(other, now_s)
+    now_s = drain(model, now_s)
+    model.blocks.check()
+    last = ModelSequence(25, 1, block_hashes=[1, 2, 3])
+    model.add(last, now_s)
+    drain(model, now_s)
+    assert last.cached_tokens == 8, "two of the three groups had to go, the tail first"
+
+
+PROGRAM = """
+from dataclasses import replace
+from random import Random
+from control_plane import compiled
+from control_plane.engines.model import EngineModel, ModelSequence
+from control_plane.roofline import profile
+
+shape = replace(profile("h100-llama3-8b"), max_num_seqs=24, max_num_batched_tokens=512)
+rng = Random(5)
+for scheduling in ("fcfs", "priority"):
+    model = EngineModel(shape, scheduling=scheduling, block_count=200, rng=Random(3), jitter=0.1)
+    at_s, sequences = 0.0, []
+    for number in range(150):
+        at_s += rng.expovariate(20.0)
+        prompt, output = rng.randint(1, 900), rng.randint(0, 300)
+        hashes = [rng.randint(0, 4) * 10_000 + n for n in range((prompt + output) // 16)]
+        while (run := model.run or model.plan(at_s, 10_000)) is not None and run.end_s <= at_s:
+            model.complete()
+        sequences.append(ModelSequence(prompt, output, block_hashes=hashes, priority=rng.randint(0, 3)))
+        model.add(sequences[-1], at_s)
+        if number % 17 == 0:
+            model.abort(sequences[number // 2], at_s)
+    now_s = at_s
+    while (run := model.run or model.plan(now_s, 10_000)) is not None:
+        now_s = run.end_s
+        model.complete()
+    print(scheduling, model.counters.preemptions, model.counters.prefix_hits, model.counters.steps)
+    print([(s.first_token_s.hex(), s.finished_s.hex(), s.cached_tokens, s.state.value) for s in sequences])
+"""
+
+
+def test_compiled_and_plain_python_give_the_same_to_the_last_bit() -> None:
+    """(Where nothing is compiled both are plain, and the same.)"""
+    told = []
+    for pure in ("1", "0"):
+        environment = {name: value for name, value in os.environ.items() if name != "CONTROL_PLANE_PURE"}
+        environment |= {"CONTROL_PLANE_PURE": "1"} if pure == "1" else {}
+        done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, timeout=60, check=True)
+        told.append(done.stdout)
+    assert told[0] == told[1]
+    assert "fcfs 0 " not in told[0], "sequences were thrown out on the way"

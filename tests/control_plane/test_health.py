@@ -648,7 +648,7 @@ class TestLoop:
         house.fleet.start()
         house.fleet.start()
         assert house.serves
-        await until(lambda: house.instance.engine.version)
+        await until(lambda: house.events.names)  # the whole first look, of which the models are the last
         house.engine.refuses = True
         await until(lambda: not house.serves)
         house.engine.refuses = False

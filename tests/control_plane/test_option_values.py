@@ -94,6 +94,7 @@ def test_of_prefill_and_decode_options(kind: type, field: str, value: object) ->
         ("engine_keepalive_s", math.inf),
         ("queue_max_requests", 0),
         ("queue_max_bytes", 0.5),
+        ("max_body_memory_bytes", 0),
         ("history_max_requests", -1),
         ("history_max_age_s", 0),
         ("metrics_window_s", 0),

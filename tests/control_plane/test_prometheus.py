@@ -48,7 +48,7 @@ def recorder(clock: ManualClock, instance: ExecutionInstance) -> MetricsRecorder
 def exporter(recorder: MetricsRecorder, clock: ManualClock, instance: ExecutionInstance) -> PrometheusExporter:
     events = EventLog(clock)
     events.event("instance_down", "a is gone")
-    return PrometheusExporter(recorder, lambda: Readings([instance], 7, 1_024, 2, "fifo", "random"), clock, events=events)
+    return PrometheusExporter(recorder, lambda: Readings([instance], 7, 1_024, 3_072, 8_192, 2, "fifo", "random"), clock, events=events)
 
 
 def samples(text: bytes) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -79,6 +79,8 @@ def test_the_page_holds_what_was_counted(exporter: PrometheusExporter) -> None:
     assert found["control_plane_instance_concurrency_limit", (("instance_id", "a"),)] == float("inf")
     assert found["control_plane_instance_completed_requests_total", (("instance_id", "a"),)] == 1
     assert found["control_plane_queued_bytes", ()] == 1_024
+    assert found["control_plane_body_memory_bytes", ()] == 3_072
+    assert found["control_plane_body_memory_max_bytes", ()] == 8_192
     assert found["control_plane_strategy_info", (("routing_strategy", "random"), ("scheduling_policy", "fifo"))] == 1
     assert found["process_open_fds", ()] > 0
 

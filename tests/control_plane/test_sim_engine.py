@@ -410,6 +410,17 @@ def test_options_that_make_no_sense_are_refused() -> None:
         SimEngine(kind="image")
     with pytest.raises(ConfigurationError, match="speed"):
         SimEngine(speed=0)
+    with pytest.raises(ConfigurationError, match="max_num_batched_tokens 64 is less than max_num_seqs 256"):
+        SimEngine(max_num_batched_tokens=64)
+    with pytest.raises(InvalidRequest, match="block_size_tokens"):
+        SimEngine(block_size=0)
+
+
+def test_the_limits_of_a_real_server_take_the_place_of_the_profiles() -> None:
+    engine = SimEngine(max_num_seqs=3, max_num_batched_tokens=512, block_size=32, num_gpu_blocks_override=50)
+    shape = engine.profile
+    assert (shape.max_num_seqs, shape.max_num_batched_tokens, shape.block_size_tokens) == (3, 512, 32)
+    assert (engine.model.blocks.total, engine.context) == (50, 1600)
 
 
 # ---------------------------------------------------------------------------------------------------------------- metrics

@@ -56,12 +56,12 @@ def test_the_connection_used_last_is_used_next(loop: str) -> None:
             for answer in answers:
                 await answer.wait()
             assert (client.idle, client.active) == (3, 0)
-            last = kept.exchanges[-1]._connection
+            last = kept.exchanges[-1]._channel
             for _ in range(3):
                 kept.exchanges.clear()
                 answer = post(client)
                 await until(lambda: kept.exchanges)
-                assert kept.exchanges[0]._connection is last
+                assert kept.exchanges[0]._channel is last
                 kept.exchanges[0].respond(200, (), b"")
                 await answer.wait()
 

@@ -280,9 +280,8 @@ def test_backpressure(loop: str) -> None:
                 await until(lambda: calls == ["pause", "resume"])
                 exchange.keep_alive = False
                 exchange.end()
-                await asyncio.sleep(0.05)
+                assert (await read).count(b"2710\r\n") == written  # to its end: the server closes behind it
                 writer.close()
-                assert (await read).count(b"2710\r\n") == written
             # a client that takes nothing more is dropped
             async with raw_socket(server.port) as (reader, writer):
                 writer.transport.pause_reading()
@@ -293,6 +292,21 @@ def test_backpressure(loop: str) -> None:
                 for _ in range(2_000):
                     exchange.write(b"x" * 10_000)
                 await until(lambda: exchange.finished)
+
+    run(loop, scenario())
+
+
+@pytest.mark.parametrize("chunk_bytes", [1_000, 8_192, 300_000])
+def test_a_chunked_body_may_come_in_reads_of_any_size(loop: str, chunk_bytes: int) -> None:
+    """Only reads without a byte of it are counted as chunk extensions and trailers."""
+
+    async def scenario() -> None:
+        chunk = b"%x\r\n%b\r\n" % (chunk_bytes, b"x" * chunk_bytes)
+        count = 900_000 // chunk_bytes
+        async with serving(echo) as server:
+            answer = await ask(server.port, posted(b"Transfer-Encoding: chunked", b"Connection: close", body=chunk * count + b"0\r\n\r\n"))
+            assert statuses(answer) == [200]
+            assert answer.count(b"x" * 1_000) == chunk_bytes * count // 1_000
 
     run(loop, scenario())
 
@@ -464,7 +478,7 @@ def test_small_writes_are_not_delayed(loop: str) -> None:
         async with serving(kept) as server, raw_socket(server.port) as (_, writer):
             writer.write(GET)
             await until(lambda: kept.exchanges)
-            accepted = kept.exchanges[0]._connection.transport.get_extra_info("socket")
+            accepted = kept.exchanges[0]._channel.transport.get_extra_info("socket")
             assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
     run(loop, scenario())

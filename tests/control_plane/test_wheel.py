@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transport_rig import LOOPS, run, until
 
 from control_plane.transport import Deadline, TimerWheel
-from control_plane.transport.wheel import NEVER_S
+from control_plane.transport.deadline import NEVER_S
 
 
 class VirtualLoop:

@@ -99,6 +99,7 @@ def _serve(reads: list[bytes], *, known: HttpServer | None = None) -> tuple[list
     connection.connection_lost(None)
     assert server.open_exchanges == 0
     assert server.receiving.total_bytes == 0
+    assert server.receiving.memory.held_bytes == 0
     assert server.connections == 0
     return seen, bytes(transport.wrote), server
 

@@ -12,8 +12,7 @@ import h11
 from fuzz_targets import SEEDS, FakeTransport, heard_of, serve, split
 
 from control_plane.gateway.cors import Cors
-from control_plane.gateway.known_heads import KnownHead
-from control_plane.gateway.relay import _CREDENTIALS, _FORWARDED
+from control_plane.gateway.known_heads import CREDENTIALS, FORWARDED, KnownHead
 from control_plane.transport import ClientLimits, Exchange, HttpClient
 from control_plane.transport.client_connection import ClientConnection
 
@@ -70,14 +69,14 @@ def relayed_means_the_same(data: bytes) -> None:
         if sent is None:
             continue
         (request,) = read_requests(sent)
-        known = KnownHead(exchange.head, _FORWARDED | _CREDENTIALS, Cors(()))
+        known = KnownHead(exchange.head, FORWARDED | CREDENTIALS, Cors(()))
         headers = [(b"host", b"127.0.0.1:1"), (b"x-request-id", b"r"), *known.forwarded, (b"content-length", b"%d" % len(body))]
         assert request == (b"POST", known.target.encode(), headers, body)
 
 
 def _send_on(exchange: Exchange, body: bytes) -> bytes | None:
     """The bytes that an engine would be sent. None: its target is none (``OPTIONS *``)."""
-    known = KnownHead(exchange.head, _FORWARDED | _CREDENTIALS, Cors(()))
+    known = KnownHead(exchange.head, FORWARDED | CREDENTIALS, Cors(()))
     if not known.target.startswith("/"):
         return None
     client = HttpClient("http://127.0.0.1:1", limits=ClientLimits())

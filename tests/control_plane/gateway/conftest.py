@@ -192,6 +192,7 @@ async def make_stand() -> AsyncIterator[MakeStand]:
             **manager_options: Any,
         ) -> Stand:
             manager = ControlPlaneManager(**manager_options)
+            stack.push_async_callback(holds_no_body, manager)  # runs last
             gateway = Gateway(manager, settings or GatewaySettings(access_log=False), **(gateway_options or {}))
             stand = Stand(gateway, manager)
             for index in range(engines):
@@ -208,6 +209,11 @@ async def make_stand() -> AsyncIterator[MakeStand]:
             return stand
 
         yield make
+
+
+async def holds_no_body(manager: ControlPlaneManager) -> None:
+    """However a test's requests ended, their bytes have been given back."""
+    await eventually(lambda: manager.body_memory.held_bytes == 0)
 
 
 @pytest.fixture

@@ -125,7 +125,7 @@ async def test_the_engines_own_error(world: World) -> None:
 
 
 async def test_shutting_down_is_an_overload_to_the_client(world: World) -> None:
-    world.gateway.relay.draining = True
+    world.gateway.relay.open.draining = True
     async with world.client() as client:
         with pytest.raises(anthropic.APIStatusError) as raised:
             await client.messages.create(model=MODEL, messages=HELLO, max_tokens=8)

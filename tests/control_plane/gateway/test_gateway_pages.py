@@ -240,7 +240,7 @@ async def test_while_it_shuts_down_the_open_end_and_the_new_are_refused(stand: A
     late = await open_connection(stand.gateway.url)
 
     stopping = asyncio.create_task(stand.gateway.stop(5.0))
-    await eventually(lambda: stand.gateway.relay.draining)
+    await eventually(lambda: stand.gateway.relay.open.draining)
     late.send("POST", CHAT, b'{"model":"m"}')
     refused = await late.answer()
     late.send("GET", "/ready")

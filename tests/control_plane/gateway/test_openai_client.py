@@ -248,12 +248,12 @@ async def test_no_instance(world: World) -> None:
 
 async def test_the_clients_own_retries_follow_retry_after(world: World) -> None:
     relay = world.gateway.relay
-    relay.max_open = 0
+    relay.open.most = 0
     async with world.client(max_retries=3) as client:
         asked = asyncio.ensure_future(client.chat.completions.create(model=MODEL, messages=HELLO, max_tokens=4))
         while not relay.refused["too_many_streams"]:
             await asyncio.sleep(0.01)
-        relay.max_open = 100
+        relay.open.most = 100
         answer = await asked
 
     assert answer.choices

@@ -25,13 +25,14 @@ SYSTEM = (0, 1)
 
 @st.composite
 def workloads(draw: st.DrawFn) -> Workload:
-    """Sessions with growing chains behind a system prompt of two blocks, and lone requests with and without blocks."""
+    """Sessions with growing chains behind a system prompt of two blocks, and lone requests with and without blocks. One at least is
+    named: where none is, sessions are guessed."""
     found = []
     next_id = 2
     for number in range(draw(st.integers(1, 12))):
         at_s = draw(st.floats(0, 100))
         ids = SYSTEM
-        lone = draw(st.booleans())
+        lone = number > 0 and draw(st.booleans())
         for turn in range(1 if lone else draw(st.integers(1, 6))):
             ids = (*ids, next_id)
             next_id += 1

@@ -72,6 +72,7 @@ async def serving(handler: Callable[[Exchange], object], limits: ServerLimits | 
         assert server.connections == 0
         assert server.open_exchanges == 0
         assert server.receiving.total_bytes == 0
+        assert server.receiving.memory.held_bytes == 0
 
 
 @contextlib.asynccontextmanager

@@ -29,13 +29,19 @@ START_LIMIT_S = 240.0
 
 
 class VllmServer:
-    """One server on one CPU core, in a process group of its own. Its output goes to ``log`` and outlives restarts."""
+    """One server on one CPU core, in a process group of its own. Its output goes to ``log`` and outlives restarts.
 
-    def __init__(self, label: str, core: int, log_dir: Path, flags: tuple[str, ...] = GENERATING) -> None:
+    ``others_core``: what is not the model's own work (HTTP, scheduling) keeps to that core; None: to any.
+    """
+
+    def __init__(
+        self, label: str, core: int, log_dir: Path, flags: tuple[str, ...] = GENERATING, *, others_core: int | None = None
+    ) -> None:
         self.label = label
         self.model = MODEL
         self.core = core
         self.flags = flags
+        self._pinned = [] if others_core is None else ["taskset", "-c", str(others_core)]
         self.log = log_dir / f"vllm_{label}.log"
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
@@ -46,7 +52,7 @@ class VllmServer:
     def launch(self, model: str = MODEL) -> None:
         """Begin to start; :meth:`wait_ready` waits for it."""
         self.model = model
-        command = [str(SERVE), model, str(self.port), str(self.core), *self.flags]
+        command = [*self._pinned, str(SERVE), model, str(self.port), str(self.core), *self.flags]
         with self.log.open("ab") as out:
             self._process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
         guard(self._process.pid)
@@ -69,6 +75,11 @@ class VllmServer:
     @property
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def group(self) -> int:
+        """Its process group; 0 before it was launched."""
+        return self._process.pid if self._process is not None else 0
 
     def warm_up(self) -> None:
         """The first requests compile and allocate; sampling with a seed takes seconds the first time on a machine."""

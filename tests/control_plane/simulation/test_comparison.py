@@ -1,0 +1,246 @@
+"""The comparison: paired arrivals, intervals, capacity found once, results kept and taken up, its files and its messages."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from control_plane.errors import ControlPlaneError, InvalidRequest
+from control_plane.simulator import compare as comparing
+from control_plane.simulator.capacity import capacity_rps
+from control_plane.simulator.compare import Comparison, document_of, prepare, run_all
+from control_plane.simulator.fleet_spec import parse_fleet
+from control_plane.simulator.generators import workload_of
+from control_plane.simulator.resume import ResultFile
+from control_plane.simulator.rows import Row
+from control_plane.simulator.scenario import Scenario
+from control_plane.simulator.stats import METRICS, interval, is_clear, summarise
+
+TRACE = "poisson:rate_rps=2,duration_s=120"
+SMALL = Comparison(
+    TRACE,
+    "2xh100-llama3-8b",
+    scheduling_policies=("fifo",),
+    routing_strategies=("load_balanced", "random"),
+    rates=("2rps", "6rps"),
+    seeds=2,
+)
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of 20 s instead of 300: what is looked at here is not how much they say."""
+    monkeypatch.setattr(comparing, "LEAST_S", 20.0)
+    monkeypatch.setattr(comparing, "LEAST_E2E", 0.1)
+    monkeypatch.setattr(comparing, "TAIL_S", 5.0)
+
+
+def small(**changes: Any) -> Comparison:
+    return replace(SMALL, warmup_s=5.0, **changes)
+
+
+def compared(comparison: Comparison, **options: Any) -> dict[str, Any]:
+    plan = prepare(comparison)
+    return document_of(plan, run_all(plan, processes=1, **options), ["control-plane", "compare"])
+
+
+def test_every_arm_runs_at_every_rate_with_every_seed_on_the_same_arrivals() -> None:
+    document = compared(small())
+    rows = document["runs"]
+    assert [(row["routing_strategy"], row["rate"], row["seed"]) for row in rows] == [
+        (router, rate, seed) for seed in (0, 1) for rate in ("2rps", "6rps") for router in ("load_balanced", "random")
+    ]
+    for first, second in zip(rows[::2], rows[1::2], strict=True):
+        assert first["requests"] == second["requests"]
+        assert first["rate_rps"] == second["rate_rps"]
+        assert first["event_digest"] != second["event_digest"]
+    assert set(rows[0]) == set(Row.__annotations__)
+    assert document["version"] == 1
+    assert document["simulated"] is True
+    json.dumps(document)
+
+
+def test_the_rate_is_what_was_asked_for() -> None:
+    for row in compared(small(rates=("20rps",), seeds=1))["runs"]:
+        assert row["rate_rps"] == pytest.approx(20.0, rel=0.2)
+
+
+def test_a_rate_without_a_unit_is_a_share_of_the_capacity() -> None:
+    rows = compared(small(rates=("0.5",), seeds=1, capacity_rps=40.0))["runs"]
+    assert [row["rate"] for row in rows] == [0.5, 0.5]
+    assert rows[0]["rate_rps"] == pytest.approx(20.0, rel=0.2)
+
+
+def test_the_same_comparison_gives_the_same_digests_in_one_process_and_in_two() -> None:
+    plan = prepare(small())
+    here = [row["event_digest"] for _, row, _ in run_all(plan, processes=1)]
+    there = [row["event_digest"] for _, row, _ in run_all(plan, processes=2)]
+    assert here == there
+
+
+def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path: Path) -> None:
+    store = tmp_path / "results.jsonl"
+
+    def open_store() -> ResultFile:
+        return ResultFile(store, {"trace": TRACE, "seeds": 2})
+
+    class Stopped(Exception):
+        """As by Ctrl-C."""
+
+    ran: list[str] = []
+
+    def stop_at_three(job: comparing.Job, row: Row) -> None:
+        ran.append(job.key)
+        if len(ran) == 3:
+            raise Stopped
+
+    kept = open_store()
+    plan = prepare(small(), results=kept)
+    with pytest.raises(Stopped):
+        run_all(plan, processes=1, kept=kept, on_row=stop_at_three)
+    with store.open("a") as file:
+        file.write('{"key": "cut off in the mid')  # the machine went down in the middle of a line
+
+    kept = open_store()
+    assert len(kept.results) == 3
+    before = {key: row["event_digest"] for key, (row, _) in kept.results.items()}
+    again: list[str] = []
+    results = run_all(prepare(small(), results=kept), processes=1, kept=kept, on_row=lambda job, row: again.append(job.key))
+    assert len(results) == 8
+    assert sorted(again) == sorted(job.key for job in plan.jobs)
+    assert all(row["event_digest"] == before[job.key] for job, row, _ in results if job.key in before)
+    assert len(open_store().results) == 8
+    assert len(store.read_text().splitlines()) == 1 + 8 + 1  # the torn line stays, and does no harm
+
+
+def test_the_file_of_another_comparison_is_refused(tmp_path: Path) -> None:
+    store = tmp_path / "results.jsonl"
+    ResultFile(store, {"trace": "a", "seeds": 2}).begin(10.0, 300.0)
+    with pytest.raises(InvalidRequest, match="begun with seeds 2, and this is 3"):
+        ResultFile(store, {"trace": "a", "seeds": 3})
+    (tmp_path / "other").write_text("hello\n")
+    with pytest.raises(InvalidRequest, match="not the file of a comparison"):
+        ResultFile(tmp_path / "other", {"trace": "a"})
+
+
+def test_capacity_and_duration_are_those_that_it_was_begun_with(tmp_path: Path) -> None:
+    kept = ResultFile(tmp_path / "results", {"trace": TRACE})
+    kept.begin(12.5, 33.0)
+    plan = prepare(small(rates=("2.0",)), results=ResultFile(tmp_path / "results", {"trace": TRACE}))
+    assert (plan.capacity_rps, plan.duration_s) == (12.5, 33.0)
+    assert {job.rate_rps for job in plan.jobs} == {25.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"trace": "azure_convo"}, "azure_conv"),
+        ({"fleet": "8xh100-llama3-9b"}, "did you mean"),
+        ({"rates": ("fast",)}, "neither a share"),
+        ({"rates": ("-1",)}, "neither a share"),
+        ({"rates": ("nan",)}, "neither a share"),
+        ({"scheduling_policies": ("fifi",)}, "fifo"),
+        ({"routing_strategies": ("no.such:Thing",)}, "no.such"),
+        ({"slo": "a=ttft:x"}, "not a number above 0"),
+        ({"duration_s": 10.0}, "below 20"),
+        ({"seeds": 0}, "seeds 0"),
+        ({"seeds": 1000, "rates": ("1rps",) * 100}, "over 100000"),
+        ({"engine_scheduling": "lifo"}, "fcfs, priority"),
+    ],
+)
+def test_what_cannot_be_compared_is_told_before_anything_runs(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ControlPlaneError, match=says):
+        prepare(small(**changes))
+
+
+def test_requests_that_no_engine_holds_are_left_out_and_counted(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n" + "".join(f"{n},{100 if n % 4 else 50000},20\n" for n in range(60)))
+    plan = prepare(small(trace=str(trace)))
+    assert (plan.left_out, plan.requests) == (15, 45)
+    trace.write_text("arrival_s,prompt_tokens,output_tokens\n0,50000,20\n1,50000,20\n")
+    with pytest.raises(InvalidRequest, match="no request of"):
+        prepare(small(trace=str(trace)))
+
+
+def test_capacity_is_where_the_fleet_stops_keeping_up_and_is_found_once(tmp_path: Path) -> None:
+    scenario = Scenario(parse_fleet("1xl40s-llama3-8b"), workload_of("azure_conv", seed=0))
+    store, told = tmp_path / "kept" / "capacity.json", list[str]()
+    found = capacity_rps(scenario, told=told.append, kept=store, probe_s=60.0)
+    assert len(told) > 2
+    two = capacity_rps(replace(scenario, fleet=parse_fleet("2xl40s-llama3-8b")), probe_s=60.0)
+    assert two == pytest.approx(2 * found, rel=0.15)
+    told.clear()
+    assert capacity_rps(scenario, told=told.append, kept=store, probe_s=60.0) == found
+    assert len(told) == 1
+    assert "found before" in told[0]
+    store.write_text("no json")
+    assert capacity_rps(scenario, kept=store, probe_s=60.0) == found
+
+
+def test_an_interval_is_students() -> None:
+    # by hand: mean 3, deviation sqrt(2.5), t(4) = 2.776
+    found = interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    half = 2.776 * math.sqrt(2.5) / math.sqrt(5)
+    assert found == {"mean": 3.0, "low": pytest.approx(3.0 - half), "high": pytest.approx(3.0 + half)}
+    assert interval([7.0]) == {"mean": 7.0, "low": None, "high": None}
+
+
+def row(router: str, seed: int, goodput_rps: float, rate: float = 1.0) -> Row:
+    quantiles = {"p50": 1.0, "p90": 1.0, "p99": 1.0}
+    found: dict[str, Any] = dict.fromkeys(Row.__annotations__, 0)
+    found |= {"scheduling_policy": "fifo", "routing_strategy": router, "rate": rate, "seed": seed, "goodput_rps": goodput_rps}
+    found |= {"ttft_ms": quantiles, "tpot_ms": quantiles, "e2e_ms": quantiles}
+    return found  # type: ignore[return-value]
+
+
+def test_pairing_finds_a_small_difference_under_large_swings() -> None:
+    rows = [row(name, seed, 10.0 * seed + (0.5 if name == "b" else 0.0) + 0.01 * (seed % 2)) for seed in range(5) for name in ("a", "b")]
+    first, second = summarise(rows)
+    assert "against_first" not in first
+    against = second["against_first"]["goodput_rps"]
+    assert against["difference"] == pytest.approx(0.5)
+    assert is_clear(against)
+    # the intervals of the means themselves overlap by far
+    assert second["goodput_rps"]["low"] < first["goodput_rps"]["high"]
+    assert set(second["against_first"]) == set(METRICS)
+
+
+def test_one_seed_is_never_clear() -> None:
+    _, second = summarise([row("a", 0, 1.0), row("b", 0, 2.0)])
+    assert second["against_first"]["goodput_rps"] == {"difference": 1.0, "low": None, "high": None}
+    assert not is_clear(second["against_first"]["goodput_rps"])
+
+
+def test_the_command_writes_rows_and_page_and_takes_up_what_is_there(tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, "-m", "control_plane.cli", "compare", "--trace", "poisson:rate_rps=1,duration_s=300"),
+        *("--fleet", "1xh100-llama3-8b", "--routing-strategies", "load_balanced,round_robin", "--rates", "1rps", "--seeds", "2"),
+        *("--json", str(tmp_path / "rows.json"), "--html", str(tmp_path / "page.html"), "--resume", str(tmp_path / "kept")),
+    ]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert "4 runs, each 60 s of warm-up and 300 s judged, on simulated engines" in printed
+    assert "fifo" not in printed
+    assert "adaptive + round_robin" in printed
+    assert "rate 1rps: most goodput with" in printed
+    document = json.loads((tmp_path / "rows.json").read_text())
+    assert document["command"][:2] == ["control-plane", "compare"]
+    assert len(document["runs"]) == 4
+    assert "<html" in (tmp_path / "page.html").read_text()
+    again = [*command[: command.index("--json")], "--json", "-", "--resume", str(tmp_path / "kept")]
+    alone = subprocess.run(again, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert [one["event_digest"] for one in json.loads(alone)["runs"]] == [one["event_digest"] for one in document["runs"]]
+
+
+def test_wrong_usage_is_status_2_and_names_the_field() -> None:
+    command = [sys.executable, "-m", "control_plane.cli", "compare", "--trace", "azure_conv", "--fleet", "8xh100"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "8xh100" in done.stderr or "h100" in done.stderr
