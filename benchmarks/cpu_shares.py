@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import platform
-import struct
 import threading
 import time
 from collections.abc import Mapping
@@ -17,8 +14,6 @@ from routers import LOAD_CORE, ROUTER_CORE, cpu_ns
 MOST: Final = 0.70
 #: a machine whose cores are less busy than this before anything is started is quiet
 QUIET: Final = 0.15
-SLICE_NS: Final = 100_000
-_SCHED_SETATTR: Final = 314  # of x86-64
 #: over so many seconds
 SPAN: Final = 10
 
@@ -93,16 +88,6 @@ def wait_for_quiet(minutes: float) -> bool:
             return True
         if time.monotonic() >= until_s:
             return False
-
-
-def prompt_wakeups() -> bool:
-    """Ask the kernel for short time slices (EEVDF's, Linux 6.12) for this process and what it starts: no larger share of a core, but no
-    long wait for it either, as steps, chunks and requests are due at their times. False where the kernel does not know them."""
-    attributes = struct.pack("IIQiIQQQII", 56, 0, 0, 0, 0, SLICE_NS, 0, 0, 0, 0)
-    if platform.machine() != "x86_64":
-        return False
-    done: int = ctypes.CDLL(None).syscall(_SCHED_SETATTR, 0, ctypes.create_string_buffer(attributes, 56), 0)
-    return done == 0
 
 
 def _rate(first: tuple[float, int], last: tuple[float, int]) -> float:

@@ -31,7 +31,6 @@ import uvloop
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from cpu_shares import prompt_wakeups
 from open_loop import Load, OpenLoop, Planned
 from routers import BUILD, LOAD_CORE, on_core, ours
 from sim_fleet import fleet_of, quantile
@@ -152,7 +151,6 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     BUILD.mkdir(parents=True, exist_ok=True)
-    prompt_wakeups()
     requests = requests_of(given.requests, Random("independent load"))
     texts = [prompt_text(one, count_tokens=lambda text: text.count(" "), nonce=row) for row, one in enumerate(requests)]
     result = run_tool(given, requests, texts)

@@ -34,7 +34,7 @@ import msgspec
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from cpu_shares import MOST, CpuShares, Share, prompt_wakeups, wait_for_quiet
+from cpu_shares import MOST, CpuShares, Share, wait_for_quiet
 from open_loop import Load, classes_of, outcomes_from, told_as_json
 from routers import BUILD, LOAD_CORE, ROUTER_CORE, Router, nginx, on_core, ours, sglang_router, vllm_router
 from sim_fleet import Counters, Fleet, fleet_of, quantile
@@ -341,7 +341,6 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     given = parsed(arguments)
     BUILD.mkdir(parents=True, exist_ok=True)
-    prompt_wakeups()
     load = Load(
         given.trace, given.fleet, 1.0, given.warmup_s, given.duration_s, given.tail_s, given.slo, given.seed, given.speed
     )  # fmt: skip
