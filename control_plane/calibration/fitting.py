@@ -18,6 +18,8 @@ __all__ = ["Fitted", "Row", "ServerTime", "fit_readings", "median"]
 #: a table of token counts is kept where it lowers the median error to this share
 _TABLE_PAYS = 0.8
 _KNOTS = (1, 16, 64, 256, 1_024, 4_096, 16_384)
+#: what is fitted: what a sequence costs of either kind is told by what one of each kind costs
+_USED = tuple(each.name for each in fields(FittedStep) if each.name not in ("sequence_s", "token_table"))
 #: times that samples are weighed anew; an error that is taken as it is, however small most are
 _REWEIGHTED = 8
 _LEAST_ERROR = 0.005
@@ -165,7 +167,8 @@ def _robust(samples: Sequence[Sample], knots: Sequence[int]) -> FittedStep:
     found = FittedStep()
     for _ in range(_REWEIGHTED):
         weights = [math.sqrt(share) / seconds for share, seconds in zip(trust, expected, strict=True)]
-        found = fit([_scaled(sample, weight) for sample, weight in zip(samples, weights, strict=True)], knots=knots, relative=False)
+        scaled = [_scaled(sample, weight) for sample, weight in zip(samples, weights, strict=True)]
+        found = fit(scaled, use=_USED, knots=knots, relative=False)
         expected = [max(predict(found, sample.steps), 1e-9) for sample in samples]
         trust = _trust([sample.seconds for sample in samples], expected)
     return found
@@ -223,11 +226,8 @@ def _fit_server(step: FittedStep, chosen: dict[Point, Measured], budget_tokens: 
             tokens = reading.prompt_tokens
             known_s = request_s + tokens * prompt_token_s + predict(step, prompt_shapes(tokens, budget_tokens))
             texts.append((tokens, (reading.sample.seconds - known_s) / tokens))
-    together = sorted(
-        (point.prompts, reading.sample.seconds - predict(step, [_at_once(point)]))
-        for point, reading in chosen.items()
-        if point.kind is Kind.TOGETHER
-    )
+    # steps are not taken off: where the server is what holds them up, few are computed in each, while the next are read
+    together = sorted((point.prompts, reading.sample.seconds) for point, reading in chosen.items() if point.kind is Kind.TOGETHER)
     serial_s = (together[-1][1] - together[0][1]) / (together[-1][0] - together[0][0]) if len(together) > 1 else 0.0
     chunks = [reading.chunk_s for reading in chosen.values() if reading.chunk_s is not None]
     return ServerTime(
@@ -237,10 +237,6 @@ def _fit_server(step: FittedStep, chosen: dict[Point, Measured], budget_tokens: 
         text_token_s=max(0.0, max(texts)[1]) if texts else 0.0,
         chunk_s=median(chunks) if chunks else 0.0,
     )
-
-
-def _at_once(point: Point) -> StepShape:
-    return StepShape(prefill_tokens=point.prompts * point.prompt_tokens, prefill_sequences=point.prompts)
 
 
 # ---------------------------------------------------------------------- rows
@@ -253,7 +249,7 @@ def _row(point: Point, found: Sequence[Measured], step: FittedStep, server: Serv
     sample = reading.sample
     if point.kind is Kind.TOGETHER:
         # the last also waits for the step of those before it
-        steps_s = predict(step, [_at_once(point), StepShape(prefill_tokens=1)])
+        steps_s = predict(step, [StepShape(prefill_tokens=1, repeats=2)])
         predicted_s = server.request_s + (point.prompts - 1) * server.serial_s + steps_s
         return Row(point, len(found), sample.seconds, predicted_s, spread)
     if not sample.steps:

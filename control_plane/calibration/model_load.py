@@ -98,9 +98,10 @@ class ModelLoad:
         served = _Served(stream, ids, output_tokens, self.profile.block_size_tokens, priority)
         cost = self._server
         begin_s = max(self.now_s(), self._free_s)
-        self._free_s = begin_s + cost.serial_s
-        delay_s = cost.request_s + len(ids) * (cost.prompt_token_s + (cost.text_token_s if text else 0.0))
-        arriving = self._loop.wake_at(begin_s + delay_s, lambda: self._arrive(served))
+        tokens_s = len(ids) * (cost.prompt_token_s + (cost.text_token_s if text else 0.0))
+        # a long prompt holds up those behind it: nobody overtakes
+        self._free_s = begin_s + cost.serial_s + tokens_s
+        arriving = self._loop.wake_at(begin_s + cost.request_s + tokens_s, lambda: self._arrive(served))
 
         def drop() -> None:
             arriving.cancel()

@@ -145,8 +145,10 @@ class VirtualEngine:
         self._served[served] = None
         profile, now_s = self.profile, self._loop.time()
         begin_s = max(now_s, self._front_free_s)
-        self._front_free_s = begin_s + profile.request_serial_s
-        arrive_s = begin_s + self._delay_s + profile.request_s + profile.prompt_token_s * served.prompt_tokens
+        tokens_s = profile.prompt_token_s * served.prompt_tokens
+        # a long prompt holds up those behind it: nobody overtakes
+        self._front_free_s = begin_s + profile.request_serial_s + tokens_s
+        arrive_s = begin_s + self._delay_s + profile.request_s + tokens_s
         if arrive_s > now_s:
             served.arriving = self._loop.wake_at(arrive_s, lambda: self._arrive(served))
         else:
