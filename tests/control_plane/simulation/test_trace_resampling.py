@@ -110,6 +110,14 @@ def test_the_shape_of_the_load_is_kept() -> None:
         assert now == pytest.approx(10 * was, rel=0.15, abs=100)
 
 
+@pytest.mark.parametrize("rate_rps", [0.2, 4.0])
+def test_an_even_load_stays_even_from_beginning_to_end(rate_rps: float) -> None:
+    original = Workload("even", [TraceRequest(10.0 * number, 10, 10) for number in range(60)], duration_s=600)
+    counted = Counter(int(one.arrival_s // 60) for seed in range(40) for one in at_rate(original, rate_rps, 420.0, Random(seed)).requests)
+    for minute in range(7):
+        assert counted[minute] / 40 / 60 == pytest.approx(rate_rps, rel=0.2)
+
+
 def test_bursts_grow_with_the_rate() -> None:
     original = workload_of("gamma:rate_rps=5,duration_s=2000,cv=4", seed=1)
     drawn = at_rate(original, 50, 2000, Random(1))
