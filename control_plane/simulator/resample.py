@@ -162,6 +162,9 @@ def _copy(request: TraceRequest, arrival_s: float, block_ids: tuple[int, ...], s
         request.slo_class,
         request.priority,
         think_s,
+        request.ttft_slo_ms,
+        request.tpot_slo_ms,
+        request.slo_deadline_ms,
     )
 
 

@@ -126,6 +126,7 @@ def _crowd(rng: Random, instances: int, samples: int) -> Curves:
         return [rng.randrange(most) for _ in range(instances)]
 
     return Curves(
+        window_s=[5.0, 5.0 * samples - 10.0],
         cdf={name: [10.0 * 1.05**point for point in range(len(CDF_POINTS))] for name in ("ttft", "tpot", "e2e")},
         timeline={
             "at_s": [5.0 * moment for moment in range(samples)],
