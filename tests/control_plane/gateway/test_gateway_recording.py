@@ -113,6 +113,7 @@ async def test_a_recording_is_a_trace_without_texts(make_stand: Any, open_connec
     one, two, alone = workload.requests
     assert one.session_id == two.session_id != alone.session_id == ""
     assert (one.priority, two.slo_class) == ("high", "batch")
+    assert (one.ttft_slo_ms, one.has_targets, two.has_targets) == (900.0, True, False)
     # a block is as many tokens as its bytes were in this traffic, in whole blocks of an engine
     assert workload.block_tokens == pytest.approx(BLOCK_BYTES * 3_903 / sum(line["prompt_bytes"] for line in reader.requests), abs=8)
     assert workload.block_tokens % 16 == 0

@@ -252,6 +252,42 @@ def test_classes_are_drawn_by_their_shares_and_sessions_keep_theirs() -> None:
         slo.assign([TraceRequest(0.0, 1, 1, slo_class="batch")], Random(0))
 
 
+def test_a_request_that_brought_targets_is_judged_by_those_alone() -> None:
+    slo = parse_slo("quick=ttft:1,tpot:1,priority:high;slow=e2e:60000,share:0")
+    brought = [
+        TraceRequest(0.0, 1, 1, ttft_slo_ms=500.0),
+        TraceRequest(0.0, 1, 1, slo_class="quick", tpot_slo_ms=40.0, slo_deadline_ms=9000.0),
+        TraceRequest(0.0, 1, 1, slo_class="nowhere else", slo_deadline_ms=9000.0),
+        TraceRequest(0.0, 1, 1),
+    ]
+    classes = slo.assign(brought, Random(0))
+    assert [(one.name, one.ttft_ms, one.tpot_ms, one.e2e_ms) for one in classes] == [
+        ("recorded", 500.0, None, None),
+        ("quick", None, 40.0, 9000.0),
+        ("nowhere else", None, None, 9000.0),
+        ("quick", 1.0, 1.0, None),
+    ]
+    assert [one.priority.name for one in classes] == ["NORMAL", "HIGH", "NORMAL", "HIGH"]
+    met = row_of(run(given=Workload("brought", brought), slo=slo), 1.0)
+    assert met["slo_attainment_by_class"] == {"nowhere else": 1.0, "quick": 0.5, "recorded": 1.0}
+
+
+def test_the_control_plane_is_told_what_a_request_asked_for() -> None:
+    given = Workload("late", [TraceRequest(0.0, 1000, 500, slo_deadline_ms=10.0)])
+    told: list[float | None] = []
+
+    simulation = Simulation(Scenario(parse_fleet(FLEET), given), Arm("fifo", "random"))
+    accept = simulation.manager.lifecycle.accept
+
+    def listening(request: Any, *rest: Any, **more: Any) -> Any:
+        told.append(request.slo_deadline_ms)
+        return accept(request, *rest, **more)
+
+    simulation.manager.lifecycle.accept = listening  # type: ignore[method-assign]
+    simulation.run()
+    assert told == [10.0]
+
+
 def test_the_row_is_counted_from_the_outcomes() -> None:
     slo = parse_slo("quick=ttft:60,tpot:10")
     result = run(given=workload(300, 60.0), slo=slo, delay_s=0.0)
@@ -273,6 +309,7 @@ def test_the_row_is_counted_from_the_outcomes() -> None:
 def test_the_curves_agree_with_the_row() -> None:
     result = run(given=workload(300, 60.0))
     row, curves = row_of(result, 1.0), curves_of(result)
+    assert curves["window_s"] == [0.0, result.window_s[1] - BEGIN_S]
     assert curves["cdf"]["ttft"][50] == row["ttft_ms"]["p50"]
     assert curves["cdf"]["e2e"][99] == row["e2e_ms"]["p99"]
     assert sum(curves["placement"]["requests"]) == 300

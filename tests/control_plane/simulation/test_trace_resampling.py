@@ -118,6 +118,12 @@ def test_an_even_load_stays_even_from_beginning_to_end(rate_rps: float) -> None:
         assert counted[minute] / 40 / 60 == pytest.approx(rate_rps, rel=0.2)
 
 
+def test_a_copy_keeps_what_its_original_asked_for() -> None:
+    asked = TraceRequest(1.0, 10, 10, ttft_slo_ms=1.0, tpot_slo_ms=2.0, slo_deadline_ms=3.0)
+    for one in at_rate(Workload("w", [asked], duration_s=2.0), 5, 10, Random(1)).requests:
+        assert (one.ttft_slo_ms, one.tpot_slo_ms, one.slo_deadline_ms) == (1.0, 2.0, 3.0)
+
+
 def test_bursts_grow_with_the_rate() -> None:
     original = workload_of("gamma:rate_rps=5,duration_s=2000,cv=4", seed=1)
     drawn = at_rate(original, 50, 2000, Random(1))
