@@ -19,7 +19,7 @@ from control_plane.simulator.page import page_of
 from control_plane.simulator.resume import ResultFile
 from control_plane.simulator.rows import Curves, Row
 from control_plane.simulator.stats import is_clear
-from control_plane.terminal import console, table, write_json
+from control_plane.terminal import check_writable, console, table, write_json
 
 
 def run_compare(
@@ -37,7 +37,7 @@ def run_compare(
     """
     for path in (Path(json_file) if json_file not in (None, "-") else None, html_file, resume):
         if path is not None:
-            _check_writable(path)
+            check_writable(path)
     notes = console() if json_file != "-" else None
     kept = ResultFile(resume, dataclasses.asdict(comparison)) if resume is not None else None
 
@@ -89,16 +89,6 @@ def run_compare(
 def _write_page(path: Path, document: Mapping[str, Any], told: Callable[[str], None]) -> None:
     path.write_text(page_of(document), encoding="utf-8")
     told(f"wrote {path}")
-
-
-def _check_writable(path: Path) -> None:
-    """Told before hours of work, not after them. Nothing in the file is touched. Raises OSError."""
-    is_new = not path.exists()
-    if is_new or path.is_file() or path.is_dir():  # a pipe would wait for its reader
-        with path.open("ab"):
-            pass
-    if is_new:
-        path.unlink()
 
 
 def _run(plan: Plan, kept: ResultFile | None, processes: int | None, *, quiet: bool) -> list[tuple[Job, Row, Curves]]:
