@@ -8,14 +8,13 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 from typing import Final
 
 from control_plane.errors import InvalidRequest
 from control_plane.roofline import EngineProfile, decode_step_s, prefill_s
 from control_plane.simulator.fleet_spec import FleetSpec
 from control_plane.simulator.outcome import COMPLETED
-from control_plane.simulator.resample import at_rate
+from control_plane.simulator.resample import at_rate_in
 from control_plane.simulator.run import simulate
 from control_plane.simulator.scenario import Arm, Scenario
 from control_plane.simulator.workload import Workload
@@ -80,7 +79,7 @@ def default_store() -> Path:
 def _keeps_up(scenario: Scenario, rate_rps: float, probe_s: float) -> bool:
     probe_s = min(max(probe_s, LEAST_REQUESTS / rate_rps), LONGEST_PROBE_S)
     length_s = PROBE_WARMUP_S + probe_s
-    workload = at_rate(scenario.workload, rate_rps, length_s, Random(f"capacity {scenario.seed}"))
+    workload = at_rate_in((PROBE_WARMUP_S, length_s), scenario.workload, rate_rps, length_s, f"capacity {scenario.seed}")
     result = simulate(replace(scenario, workload=workload, warmup_s=PROBE_WARMUP_S, duration_s=probe_s), Arm())
     out = result.outcomes
     begin_s, end_s = result.window_s

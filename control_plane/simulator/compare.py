@@ -16,7 +16,7 @@ from control_plane.simulator.fleet_spec import FleetSpec, parse_fleet
 from control_plane.simulator.generators import workload_of
 from control_plane.simulator.loop import Deadlock
 from control_plane.simulator.outcome import RunResult
-from control_plane.simulator.resample import at_rate
+from control_plane.simulator.resample import at_rate, at_rate_in
 from control_plane.simulator.resume import ResultFile
 from control_plane.simulator.rows import Curves, Row, curves_of, row_of
 from control_plane.simulator.run import simulate
@@ -267,7 +267,8 @@ class Runner:
     def _arrivals(self, rate_rps: float, seed: int) -> Workload:
         """The same for every arm: drawn from the rate and the seed alone."""
         if self._drawn is None or self._drawn[0] != (rate_rps, seed):
-            drawn = at_rate(self._base.workload, rate_rps, self._length_s, Random(f"arrivals {seed} {rate_rps!r}"))
+            window_s = self._base.warmup_s, self._base.end_s
+            drawn = at_rate_in(window_s, self._base.workload, rate_rps, self._length_s, f"arrivals {seed} {rate_rps!r}")
             self._drawn = (rate_rps, seed), drawn
         return self._drawn[1]
 

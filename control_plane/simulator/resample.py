@@ -25,6 +25,8 @@ from control_plane.simulator.workload import TraceRequest, Workload
 
 #: copies of a session come within so many mean gaps between sessions, its original in their middle
 SPREAD_ARRIVALS: Final = 16
+#: a window in which next to nothing comes is left thin rather than the rest made a flood
+MOST_CORRECTED: Final = 4.0
 #: above this mean a Poisson number is drawn by its normal approximation
 _NORMAL_FROM: Final = 30.0
 #: sums of times differ by less
@@ -41,6 +43,20 @@ def at_rate(workload: Workload, rate_rps: float, duration_s: float, rng: Random)
     requests = list(unroll(workload, rate_rps, duration_s, rng))
     source = f"{workload.source or workload.name}; sessions drawn anew at {rate_rps:g} requests/s for {duration_s:g} s"
     return Workload(workload.name, requests, workload.block_tokens, source, duration_s)
+
+
+def at_rate_in(window_s: tuple[float, float], workload: Workload, rate_rps: float, duration_s: float, seed: str) -> Workload:
+    """As :func:`at_rate`, but ``rate_rps`` is what comes in the window: what is judged of a trace that is thinner before it or after it.
+
+    The draw is made twice with the same seed, the second time at a rate corrected by what the first one gave, by ``MOST_CORRECTED`` at
+    most. Raises what :func:`at_rate` raises.
+    """
+    begin_s, end_s = window_s
+    drawn = at_rate(workload, rate_rps, duration_s, Random(seed))
+    came = sum(begin_s <= request.arrival_s < end_s for request in drawn.requests)
+    factor = rate_rps * (end_s - begin_s) / came if came else 1.0
+    factor = min(max(factor, 1.0 / MOST_CORRECTED), MOST_CORRECTED)
+    return at_rate(workload, rate_rps * factor, duration_s, Random(seed))
 
 
 def unroll(workload: Workload, rate_rps: float, duration_s: float, rng: Random) -> Iterator[TraceRequest]:

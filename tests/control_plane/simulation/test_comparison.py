@@ -70,7 +70,7 @@ def test_every_arm_runs_at_every_rate_with_every_seed_on_the_same_arrivals() -> 
 
 def test_the_rate_is_what_was_asked_for() -> None:
     for row in compared(small(rates=("20rps",), seeds=1))["runs"]:
-        assert row["rate_rps"] == pytest.approx(20.0, rel=0.2)
+        assert row["rate_rps"] == pytest.approx(20.0, rel=0.05)
 
 
 def test_a_rate_without_a_unit_is_a_share_of_the_capacity() -> None:
