@@ -63,15 +63,11 @@ class ResultFile:
         for line in lines[1:]:
             kept = _object(line)  # empty where it was cut off in the middle of a write: that one is run again
             key, row, curves = kept.get("key"), kept.get("row"), kept.get("curves")
-            if isinstance(key, str) and _has(row, Row.__required_keys__) and _has(curves, Curves.__required_keys__):
+            if isinstance(key, str) and isinstance(row, dict) and isinstance(curves, dict) and Row.__required_keys__ <= row.keys():
                 self.results[key] = cast(Row, row), cast(Curves, curves)
         if lines[-1]:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write("\n")
-
-
-def _has(found: object, keys: frozenset[str]) -> bool:
-    return isinstance(found, dict) and keys <= found.keys()
 
 
 def _object(line: str) -> dict[str, Any]:
