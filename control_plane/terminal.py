@@ -45,7 +45,7 @@ def check_writable(path: Path) -> None:
     if is_new or path.is_file() or path.is_dir():  # a pipe would wait for its reader
         with path.open("ab"):
             pass
-    if is_new:
+    if is_new and not path.is_symlink():  # not the link to a file that is to come
         path.unlink()
 
 

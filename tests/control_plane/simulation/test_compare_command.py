@@ -17,6 +17,7 @@ import pytest
 from control_plane.cli.compare import too_short
 from control_plane.errors import ControlPlaneError
 from control_plane.simulator.workers import each_in
+from control_plane.terminal import check_writable
 
 SMALL = ("--trace", "poisson:rate_rps=1,duration_s=300", "--fleet", "1xh100-llama3-8b", "--rates", "1rps")
 
@@ -62,6 +63,9 @@ def test_a_file_that_cannot_be_written_is_told_before_anything_runs(option: str,
 
 def test_looking_whether_a_file_can_be_written_leaves_it_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "old.html").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "to come")
+    check_writable(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
     done = run("--trace", "no such", "--fleet", "1xh100", "--html", str(tmp_path / "old.html"), "--json", str(tmp_path / "new.json"))
     assert done.returncode == 2
     assert (tmp_path / "old.html").read_text() == "old"

@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -118,6 +119,25 @@ def test_prefixes_are_found_again_where_they_were_computed() -> None:
     assert spread == 0.0
     off = run(Arm("fifo", "locality"), workload(300, 20.0, sessions=5), prefix_caching=False)
     assert sum(off.outcomes.cached_tokens) == 0
+
+
+@pytest.mark.parametrize(("trace_tokens", "engine_tokens"), [(64, 16), (64, 128), (48, 128), (512, 48), (16, 16), (100, 16)])
+def test_prefixes_are_found_whatever_the_sizes_of_blocks(trace_tokens: int, engine_tokens: int, tmp_path: Path) -> None:
+    """A session of three turns of 960, 1,920 and 2,880 tokens, and beside it one that shares its first 480 tokens with it."""
+    engine = tmp_path / "engine.yaml"
+    engine.write_text(f"version: 1\nname: e\nbase: h100-llama3-8b\nblock_size_tokens: {engine_tokens}\nkv_block_count: 4000\n")
+    shared = 480 // trace_tokens
+    requests = []
+    for turn, tokens in enumerate((960, 1_920, 2_880)):
+        requests.append(TraceRequest(10.0 * turn, tokens, 1, tuple(range(tokens // trace_tokens))))
+    other = [number if number < shared else 1_000 + number for number in range(960 // trace_tokens)]
+    requests.append(TraceRequest(40.0, 960, 1, tuple(other)))
+    given = Workload("turns", requests, block_tokens=trace_tokens)
+    out = run(given=given, fleet=f"1x{engine}").outcomes
+    step = max(trace_tokens, engine_tokens) * 2
+    for row, tokens in enumerate((0, 960, 1_920, shared * trace_tokens)):
+        assert tokens - step < out.cached_tokens[row] <= tokens
+        assert out.cached_tokens[row] % engine_tokens == 0
 
 
 def test_only_what_arrives_in_the_window_is_judged() -> None:
