@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,9 @@ def long_one(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     """One that has kept some results and will not be done for long."""
     kept = tmp_path / "kept"
     asked = command(*SMALL, "--seeds", "1000", "--jobs", "2", "--resume", str(kept))
-    with subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    # as from a terminal: what runs in the background of a script has it ignored, and so would its children
+    as_in_a_terminal = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal) as process:
         until(lambda: kept.exists() and len(kept.read_text().splitlines()) > 3)
         yield process, kept
         process.kill()
