@@ -139,9 +139,11 @@ def long_one(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
     # as from a terminal: what runs in the background of a script has it ignored, and so would its children
     as_in_a_terminal = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     with subprocess.Popen(asked, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=as_in_a_terminal) as process:
-        until(lambda: kept.exists() and len(kept.read_text().splitlines()) > 3)
-        yield process, kept
-        process.kill()
+        try:
+            until(lambda: kept.exists() and len(kept.read_text().splitlines()) > 3)
+            yield process, kept
+        finally:
+            process.kill()
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks into /proc")
