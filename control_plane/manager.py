@@ -127,7 +127,7 @@ class ControlPlaneManager:
         #: both switches; :attr:`pd_router` is there exactly then
         self.enable_pd_separation = enable_pd_separation and self.pd_config.enabled
         self._rng = Random(seed)
-        self.predictor = LatencyPredictor()
+        self.predictor = LatencyPredictor(self.clock)
         self.prefixes = PrefixIndex()
         self.executor = ExecutionCoordinator(
             clock=self.clock,
