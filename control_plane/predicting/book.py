@@ -23,6 +23,9 @@ MOST_EXCESS: Final = 0.9
 BURST_S: Final = 5.0
 #: a sample of decode needs so many tokens; a stream is told of its tokens 32 at a time
 SAMPLE_TOKENS: Final = 48
+#: of an engine one is taken in so many seconds, once it has had so many
+SAMPLE_INTERVAL_S: Final = 0.25
+LEARN_ALL_SAMPLES: Final = 256
 #: tokens after which an engine's streams tell of themselves at the latest
 TOLD_TOKENS: Final = 32.0
 #: no news for this many times what is expected, and this long, means that the engine is that much slower
@@ -239,11 +242,7 @@ class InstanceBook:
         flight.told += count
         flight.context_tokens += count
         self.context_tokens += count
-        if (
-            flight.first_s > 0.0
-            and flight.told - flight.window_tokens >= SAMPLE_TOKENS
-            and (last_s >= self.next_sample_s or self.steps.doubtful)
-        ):
+        if flight.first_s > 0.0 and flight.told - flight.window_tokens >= SAMPLE_TOKENS and self._wants_sample(last_s):
             self._sample(flight, last_s)
 
     def leave(self, flight: Flight, now_s: float, *, well: bool) -> None:
@@ -253,7 +252,7 @@ class InstanceBook:
         self._advance(now_s)
         self.in_flight = max(0.0, self.in_flight - 1.0)
         if flight.state == 1:
-            if well and flight.first_s > 0.0 and flight.told - flight.window_tokens >= 8:
+            if well and flight.first_s > 0.0 and flight.told - flight.window_tokens >= 8 and self._wants_sample(now_s):
                 self._sample(flight, now_s)
             else:
                 self._take_share(flight)
@@ -453,6 +452,10 @@ class InstanceBook:
         flight.window_excess_ms = self._excess_ms
         flight.window_parts = [self._parts[0], self._parts[1], self._parts[2], self._parts[4]]
 
+    def _wants_sample(self, now_s: float) -> bool:
+        steps = self.steps
+        return now_s >= self.next_sample_s or steps.samples < LEARN_ALL_SAMPLES or steps.doubtful
+
     def _take_share(self, flight: Flight) -> None:
         """The part of the engine's time in its window that was its own: of decoding, one share of the batch."""
         if flight.group == self._group:
@@ -481,7 +484,7 @@ class InstanceBook:
             steps.add_rest(parts, kv_tokens, (self._parts[4] - held[3]) / tokens, batch)
             steps.learn(1000.0 * span_s / tokens, parts)
             self.sampled_s = now_s
-            self.next_sample_s = now_s + 0.25
+            self.next_sample_s = now_s + SAMPLE_INTERVAL_S
         flight.window_s = now_s
         flight.window_batch_s = self._batch_s
         flight.window_context_s = self._context_s

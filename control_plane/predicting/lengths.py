@@ -43,9 +43,10 @@ class LengthClass:
     def observe(self, tokens: float) -> None:
         sketch = self.sketch
         sketch.add(tokens)
-        self.mean += (tokens - self.mean) / min(sketch.count, MEMORY)
+        memory = min(float(sketch.count), MEMORY)
+        self.mean += (tokens - self.mean) / memory
         if tokens > 1.5:
-            self.mean_inverse += (1.0 / (tokens - 1.0) - self.mean_inverse) / min(sketch.count, MEMORY)
+            self.mean_inverse += (1.0 / (tokens - 1.0) - self.mean_inverse) / memory
         self._dirty += 1
         if sketch.count < 64 or self._dirty >= _LAZY:
             self._dirty = 0

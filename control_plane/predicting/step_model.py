@@ -195,7 +195,7 @@ class StepModel:
     def learn(self, measured_ms: float, made_of: list[float], spread_ms: float = 0.0, *, speed: bool = True) -> None:
         """``measured_ms`` was spent on what ``made_of`` says (SIZE numbers, as ``add_*`` make them). ``spread_ms``: standard deviation of
         what is known to be random in it. ``speed``: it tells of the engine's speed, and not of a wait that was maybe guessed wrong."""
-        x = (self.x0, self.x1, self.x2, self.x3, self.x4, self.x5, self.x6)
+        x = [self.x0, self.x1, self.x2, self.x3, self.x4, self.x5, self.x6]
         expected = 0.0
         for i in range(SIZE):
             expected += x[i] * made_of[i]
@@ -207,11 +207,10 @@ class StepModel:
         self._move(x, measured_ms - expected, made_of, expected, spread_ms)
         self.reference_ms = self.decode_ms(REFERENCE_BATCH, REFERENCE_KV)
         if self.samples >= 8:
-            self.best_reference_ms = min(self.best_reference_ms, self.reference_ms)
+            # what was long ago fades: twice as slow after some 7,000 samples is how it is now
+            self.best_reference_ms = min(1.0001 * self.best_reference_ms, self.reference_ms)
 
-    def _move(
-        self, x: tuple[float, float, float, float, float, float, float], off_ms: float, h: list[float], expected: float, spread_ms: float
-    ) -> None:
+    def _move(self, x: list[float], off_ms: float, h: list[float], expected: float, spread_ms: float) -> None:
         p = self._covariance
         gain = [0.0] * SIZE
         explained = 0.0
