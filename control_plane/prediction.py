@@ -194,9 +194,8 @@ class LatencyPredictor:
         """Milliseconds per further output token with one request more than are in flight there now."""
         model = self._model(instance)
         now_s = self._now_s()
-        raw_ms = self._raw_tpot_ms(model, instance, TYPICAL_CONTEXT_TOKENS, 0.0, 0.0, 0.0, 0.0, 1.0, now_s)
-        tpot_ms = raw_ms * model.book.tpot_ratio.value
-        return tpot_ms * self._believed(model, now_s)
+        plain_ms, beside_ms = self._tpot_parts_ms(model, instance, TYPICAL_CONTEXT_TOKENS, 0.0, 0.0, 0.0, 0.0, 1.0, now_s)
+        return (plain_ms + beside_ms * model.book.tpot_ratio.value) * self._believed(model, now_s)
 
     def wait_ms(self, instance: LiveState) -> float:
         """Until the step in which a newcomer's prompt is computed can begin."""
@@ -229,8 +228,8 @@ class LatencyPredictor:
                 model = self._model(live)
             service_ms = model.steps.prefill_ms(inputs, pairs, 1.0, 0.0, 0.0)
             if outputs > 0.0:
-                tpot_ms = self._raw_tpot_ms(model, live, inputs, outputs, inverse, service_ms, service_ms, burst, now_s)
-                service_ms += outputs * tpot_ms * model.book.tpot_ratio.value
+                plain_ms, beside_ms = self._tpot_parts_ms(model, live, inputs, outputs, inverse, service_ms, service_ms, burst, now_s)
+                service_ms += outputs * (plain_ms + beside_ms * model.book.tpot_ratio.value)
             found.append(service_ms * self._believed(model, now_s))
         return found
 
@@ -270,8 +269,12 @@ class LatencyPredictor:
         own_ms = book.own_ms(uncached, pairs, now_s, steps.x6) * believed
         outputs = 0.0 if lengths is None else float(_within(lengths.mean, limit))
         inverse = 0.0 if lengths is None else lengths.mean_inverse
-        tpot_ms = self._raw_tpot_ms(model, live, float(inputs), outputs, inverse, wait_ms + own_ms, own_ms, burst, now_s)
-        tpot_ms *= believed * book.tpot_ratio.value
+        first_ms = wait_ms + own_ms
+        plain_ms, beside_ms = self._tpot_parts_ms(model, live, float(inputs), outputs, inverse, first_ms, own_ms, burst, now_s)
+        tpot_ms = (plain_ms + beside_ms * book.tpot_ratio.value) * believed
+        if flight is not None:
+            flight.plain_ms = plain_ms * believed
+            flight.beside_ms = beside_ms * believed
         return Forecast(cached, steps.x6, wait_ms, own_ms, book.ttft_ratio.value, tpot_ms, outputs)
 
     def _burst(self, request: RequestMetadata, now_s: float) -> float:
@@ -292,17 +295,17 @@ class LatencyPredictor:
         with_it_ms = steps.prefill_ms(uncached, 0.5 * uncached * uncached, 1.0, batch, kv_tokens)
         return batch * max(0.0, with_it_ms - steps.steps_of(uncached, batch) * steps.decode_ms(batch, kv_tokens))
 
-    def _raw_tpot_ms(
+    def _tpot_parts_ms(
         self, model: InstanceModel, live: LiveState, inputs: float, outputs: float, inverse: float, first_ms: float, own_ms: float,
         burst: float, now_s: float,
-    ) -> float:  # fmt: skip
+    ) -> tuple[float, float]:  # fmt: skip
         book = model.book
         if book.known:
             return book.tpot_ms(inputs, outputs, inverse, first_ms, own_ms, burst, now_s)
         # nothing was sent there through us: as many as its owner says are decoding
         in_flight: float = live.active_requests
         others = in_flight / model.ranks
-        return model.steps.decode_ms(others + 1.0, others * TYPICAL_CONTEXT_TOKENS + inputs + 0.5 * outputs)
+        return model.steps.decode_ms(others + 1.0, others * TYPICAL_CONTEXT_TOKENS + inputs + 0.5 * outputs), 0.0
 
     def _believed(self, model: InstanceModel, now_s: float) -> float:
         """By what to multiply what was learned: more than 1 where silence says that it is slower now, less where it was faster once and
@@ -366,10 +369,9 @@ class LatencyPredictor:
             flight.length_p50 = float(_within(lengths.p50, limit))
             flight.length_p90 = float(_within(lengths.p90, limit))
         burst = self._burst(request, now_s)
-        told = self._forecast(model, instance, inputs, cached, lengths, fields.max_tokens, burst, now_s, believed)
+        told = self._forecast(model, instance, inputs, cached, lengths, fields.max_tokens, burst, now_s, believed, flight)
         flight.raw_ttft_ms = told.delay_ms + told.wait_ms + told.prefill_ms
         flight.predicted_ttft_ms = told.ttft_ms
-        flight.raw_tpot_ms = told.tpot_ms / book.tpot_ratio.value
         flight.predicted_tpot_ms = told.tpot_ms
         book.send(flight, streamed=streamed, delay_ms=steps.x6)
         arrivals = self._arrivals.get(name)
@@ -408,7 +410,7 @@ class LatencyPredictor:
                     self._length.observe(flight.length_p50, flight.length_p90, float(usage.completion_tokens))
                 self._lengths.observe(name, fields.tenant, flight.prompt_tokens, fields.max_tokens, usage.completion_tokens)
         if flight.first_s > 0.0:
-            self._learn_first_token(model, flight, uncached, pairs, cached)
+            self._learn_first_token(model, flight, uncached, pairs)
             self._learn_decode(model, flight, usage.completion_tokens, last_s)
         if price:
             plain_usd = price * self._work_ms(model, float(flight.prompt_tokens), flight.predicted_tokens) / MS_PER_HOUR
@@ -417,12 +419,12 @@ class LatencyPredictor:
             self.spending.settle(fields.tenant, name, plain_usd, predicted_usd, actual_usd)
         return actual_usd
 
-    def _learn_first_token(self, model: InstanceModel, flight: Flight, uncached: float, pairs: float, cached: int) -> None:
+    def _learn_first_token(self, model: InstanceModel, flight: Flight, uncached: float, pairs: float) -> None:
         steps, book = model.steps, model.book
         ttft_ms = 1000.0 * (flight.first_s - flight.sent_s)
         if flight.predicted_ttft_ms > 0.0:
             self._ttft.observe(flight.predicted_ttft_ms, self._ttft.high(flight.predicted_ttft_ms), ttft_ms)
-        if book.compares(flight) and abs(cached - flight.cached_tokens) <= 32 + 0.02 * flight.prompt_tokens:
+        if book.compares(flight):
             book.ttft_ratio.observe(flight.raw_ttft_ms, ttft_ms)
         parts = [0.0] * SIZE
         steps.add_prefill(parts, uncached, 1.0, flight.batch)
@@ -446,7 +448,7 @@ class LatencyPredictor:
         if flight.predicted_tpot_ms > 0.0:
             self._tpot.observe(flight.predicted_tpot_ms, self._tpot.high(flight.predicted_tpot_ms), tpot_ms)
         if model.book.compares(flight):
-            model.book.tpot_ratio.observe(flight.raw_tpot_ms, tpot_ms)
+            model.book.tpot_ratio.observe(flight.beside_ms, tpot_ms - flight.plain_ms)
         if model.trials and model.steps.reference_ms < FORMERLY_FASTER * model.steps.best_reference_ms:
             model.trials = 0
 

@@ -23,9 +23,7 @@ def prediction_series(calibration: Mapping[str, Calibration]) -> Iterator[Metric
         mean.add_metric([name], one.mean_error)
         covered.add_metric([name], one.covered)
     value = GaugeMetricFamily("control_plane_prediction_value", "What was said and what came.", labels=["quantity", "source", "quantile"])
-    error = GaugeMetricFamily(
-        "control_plane_prediction_error_ratio", "|predicted / observed - 1|.", labels=["quantity", "quantile"]
-    )
+    error = GaugeMetricFamily("control_plane_prediction_error_ratio", "|predicted / observed - 1|.", labels=["quantity", "quantile"])
     loss = GaugeMetricFamily("control_plane_prediction_pinball_loss", "Mean, in the quantity's unit.", labels=["quantity", "quantile"])
     for name, one in found.items():
         for label, q in QUANTILES:

@@ -19,6 +19,8 @@ SAME_STEP_S: Final = 0.0005
 #: batch and share of time that are reckoned with at most
 MOST_BATCH: Final = 512.0
 MOST_EXCESS: Final = 0.9
+#: rates are read anew after so many seconds
+RATES_S: Final = 0.1
 #: bursts last so long on average, seconds
 BURST_S: Final = 5.0
 #: a sample of decode needs so many tokens; a stream is told of its tokens 32 at a time
@@ -26,9 +28,7 @@ SAMPLE_TOKENS: Final = 48
 #: of an engine one is taken in so many seconds, once it has had so many
 SAMPLE_INTERVAL_S: Final = 0.25
 LEARN_ALL_SAMPLES: Final = 256
-#: tokens after which an engine's streams tell of themselves at the latest
-TOLD_TOKENS: Final = 32.0
-#: no news for this many times what is expected, and this long, means that the engine is that much slower
+#: no first token for this many times what is expected, and this long, means that the engine is that much slower
 PATIENCE: Final = 2.0
 PATIENCE_MS: Final = 100.0
 MOST_SLOWER: Final = 100.0
@@ -39,6 +39,7 @@ class Flight:
 
     __slots__ = (
         "batch",
+        "beside_ms",
         "book",
         "cached_tokens",
         "context_tokens",
@@ -52,12 +53,12 @@ class Flight:
         "length_p90",
         "own_ms",
         "pairs",
+        "plain_ms",
         "predicted_tokens",
         "predicted_tpot_ms",
         "predicted_ttft_ms",
         "predicted_usd",
         "prompt_tokens",
-        "raw_tpot_ms",
         "raw_ttft_ms",
         "sent_s",
         "share_ms",
@@ -108,8 +109,9 @@ class Flight:
         #: engine milliseconds that it took up in decode, and those of its prompt
         self.share_ms = 0.0
         self.own_ms = 0.0
-        # what was predicted when it was sent; ``raw_*`` without the correction by what came of earlier ones
-        self.raw_ttft_ms = self.raw_tpot_ms = self.predicted_ttft_ms = self.predicted_tpot_ms = 0.0
+        # what was predicted when it was sent; without the correction by what came of earlier ones: TTFT, and of TPOT decoding and the rest
+        self.plain_ms = self.beside_ms = 0.0
+        self.raw_ttft_ms = self.predicted_ttft_ms = self.predicted_tpot_ms = 0.0
         self.predicted_tokens = self.length_p50 = self.length_p90 = self.predicted_usd = 0.0
 
 
@@ -119,6 +121,7 @@ class InstanceBook:
     __slots__ = (
         "_batch_s",
         "_context_s",
+        "_due",
         "_excess",
         "_excess_ms",
         "_group",
@@ -129,11 +132,13 @@ class InstanceBook:
         "_group_s",
         "_group_tokens",
         "_group_uncommitted",
-        "_heard_s",
         "_mixed",
         "_now_s",
         "_parts",
+        "_rate",
+        "_rates_s",
         "_ratio_era",
+        "_usual",
         "arrivals",
         "context_tokens",
         "current_pairs",
@@ -176,12 +181,14 @@ class InstanceBook:
         self.tpot_ratio = Ratio()
         self._ratio_era = steps.era
         self._now_s = now_s
-        self._heard_s = now_s
         self._batch_s = self._context_s = 0.0
         self._mixed = self._excess_ms = 0.0
         self._parts = [0.0] * SIZE
         #: milliseconds by which prompts made steps longer, or would have
         self._excess = Arrivals(now_s)
+        #: the rates as they were a moment ago: share of time, tokens and requests a second
+        self._usual = self._due = self._rate = 0.0
+        self._rates_s = -1e9
         #: requests, and their expected tokens
         self.arrivals = Arrivals(now_s)
         self.tokens_due = Arrivals(now_s)
@@ -197,8 +204,6 @@ class InstanceBook:
         """A request goes there now. ``streamed``: its first token will show."""
         now_s = flight.sent_s
         self._advance(now_s)
-        if self.in_flight == 0.0:
-            self._heard_s = now_s
         flight.batch = self.decoding / self.ranks
         flight.kv_tokens = self.context_tokens / self.ranks
         flight.waits_step = self.decoding > 0.0
@@ -236,8 +241,6 @@ class InstanceBook:
             count -= 1
             if count <= 0:
                 return
-        if last_s > self._heard_s:
-            self._heard_s = last_s
         self._advance(last_s)
         flight.told += count
         flight.context_tokens += count
@@ -277,33 +280,18 @@ class InstanceBook:
     # ---- what is to be expected
 
     def slower(self, now_s: float) -> float:
-        """How many times slower than believed it must be, since nothing has been heard for so long; 1.0: nothing says so."""
-        if self.in_flight == 0.0:
-            return 1.0
-        found = 1.0
-        steps = self.steps
-        if self.decoding > 0.0:
-            batch, kv_tokens = self.decoding / self.ranks, self.context_tokens / self.ranks
-            step_ms = steps.decode_ms(batch, kv_tokens)
-            expected_ms = TOLD_TOKENS * step_ms + self._waiting_ms(batch, kv_tokens)
-            found = self._overdue(1000.0 * (now_s - self._heard_s), expected_ms)
-        elif self.current_prompts > 0.0:
-            expected_ms = self._waiting_ms(0.0, 0.0)
-            found = self._overdue(1000.0 * (now_s - max(self.current_s, self._heard_s)), expected_ms)
-        return found
-
-    def _overdue(self, silent_ms: float, expected_ms: float) -> float:
-        if silent_ms <= PATIENCE * expected_ms + PATIENCE_MS:
-            return 1.0
-        return min(MOST_SLOWER, silent_ms / (expected_ms + 1.0))
-
-    def _waiting_ms(self, batch: float, kv_tokens: float) -> float:
-        ranks = self.ranks
+        """How many times slower than believed it must be, since a prompt that is being computed has no first token for so long; 1.0:
+        nothing says so. Streams that tell nothing say nothing: their clients may be the slow ones."""
         if self.current_prompts <= 0.0:
-            return 0.0
-        tokens = (self.current_tokens + self.late_tokens) / ranks
-        pairs = (self.current_pairs + self.late_pairs) / ranks
-        return self.steps.prefill_ms(tokens, pairs, 1.0, batch, kv_tokens)
+            return 1.0
+        silent_ms = 1000.0 * (now_s - self.current_s)
+        if silent_ms <= PATIENCE_MS:
+            return 1.0
+        ranks = self.ranks
+        batch, kv_tokens = self.decoding / ranks, self.context_tokens / ranks
+        tokens, pairs = self.current_tokens / ranks, self.current_pairs / ranks
+        expected_ms = self.steps.prefill_ms(tokens, pairs, self.current_prompts / ranks, batch, kv_tokens)
+        return 1.0 if silent_ms <= PATIENCE * expected_ms + PATIENCE_MS else min(MOST_SLOWER, silent_ms / (expected_ms + 1.0))
 
     def wait_ms(self, now_s: float, delay_ms: float) -> float:
         """Until the step in which a newcomer's prompt is computed begins, after it has got there."""
@@ -334,8 +322,8 @@ class InstanceBook:
 
     def tpot_ms(
         self, prompt_tokens: float, length: float, inverse: float, first_ms: float, own_ms: float, burst: float, now_s: float
-    ) -> float:
-        """Per token of a newcomer's answer of ``length`` tokens, after ``first_ms`` to its first.
+    ) -> tuple[float, float]:
+        """Milliseconds per token of a newcomer's answer of ``length`` tokens, after ``first_ms`` to its first: of decoding, and beside it.
 
         A decode step at the batch expected meanwhile, longer by the share of time in which the prompts of others are computed. Those of
         now leave (one mean answer is the time constant) and as many as usual come (Little's law: tokens expected a second times the time
@@ -346,19 +334,22 @@ class InstanceBook:
         others = self.in_flight / ranks
         context = self.context_tokens / self.decoding if self.decoding > 0.5 else prompt_tokens + 0.5 * length
         own = prompt_tokens + 0.5 * length
-        usual = min(MOST_EXCESS, 0.001 * self._excess.rate(now_s) / ranks)
+        if now_s - self._rates_s > RATES_S:
+            self._rates_s = now_s
+            self._usual = min(MOST_EXCESS, 0.001 * self._excess.rate(now_s) / ranks)
+            self._due = self.tokens_due.rate(now_s) / ranks
+            self._rate = self.arrivals.rate(now_s) / ranks
+        usual, due, rate = self._usual, self._due, self._rate
         present_ms = steps.decode_ms(others + 1.0, others * context + own) / (1.0 - usual)
         length_s = 0.001 * length * present_ms
-        due = self.tokens_due.rate(now_s) / ranks
         coming = min(MOST_BATCH, 0.001 * due * present_ms)
-        rate = self.arrivals.rate(now_s) / ranks
         residence_s = 0.001 * present_ms * due / rate if rate > 0.0 else length_s
         share = _present_share(length_s, residence_s)
         batch = share * others + (1.0 - share) * coming
         lasting = _present_share(length_s + 0.001 * first_ms, BURST_S)
         excess = min(MOST_EXCESS, usual * (1.0 - lasting + lasting * burst))
         step_ms = steps.decode_ms(batch + 1.0, batch * context + own)
-        return (step_ms + excess * own_ms * inverse) / (1.0 - excess)
+        return step_ms, (step_ms + excess * own_ms * inverse) / (1.0 - excess) - step_ms
 
     # ---- inside
 
@@ -387,8 +378,6 @@ class InstanceBook:
         self.current_prompts += self.late_prompts
         self.late_tokens = self.late_pairs = self.late_prompts = 0.0
         self.current_s = self._group_s
-        if now_s > self._heard_s:
-            self._heard_s = now_s
 
     def _no_longer_waits(self, flight: Flight) -> None:
         if self.current_prompts > 0.5:
@@ -502,24 +491,25 @@ class Ratio:
         self.value = 1.0
 
     def observe(self, predicted: float, observed: float) -> None:
-        if predicted <= 0.0 or not 0.0 <= observed < math.inf:
+        if predicted <= 0.0 or not -math.inf < observed < math.inf:
             return
-        observed = min(observed, 10.0 * predicted)
+        observed = min(10.0 * predicted, max(-10.0 * predicted, observed))
         self._observed = RATIO_FADE * self._observed + observed
         self._predicted = RATIO_FADE * self._predicted + predicted
         self._weight = RATIO_FADE * self._weight + 1.0
         mean = self._predicted / self._weight
         value = (self._observed + RATIO_PRIOR * mean) / (self._predicted + RATIO_PRIOR * mean)
-        self.value = min(3.0, max(1.0 / 3.0, value))
+        self.value = min(MOST_RATIO, max(1.0 / MOST_RATIO, value))
 
     def forget(self) -> None:
         self._observed = self._predicted = self._weight = 0.0
         self.value = 1.0
 
 
-#: the ratio remembers some 200 requests, and begins as if 20 had been as predicted
-RATIO_FADE: Final = 0.995
+#: the ratio remembers some 300 requests, begins as if 20 had been as predicted, and is at most this or one over it
+RATIO_FADE: Final = 1.0 - 1.0 / 300.0
 RATIO_PRIOR: Final = 20.0
+MOST_RATIO: Final = 3.0
 
 
 def _present_share(length_s: float, residence_s: float) -> float:
