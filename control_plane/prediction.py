@@ -260,8 +260,9 @@ class LatencyPredictor:
 
     def _forecast(
         self, model: InstanceModel, live: LiveState, inputs: int, cached: int, lengths: LengthClass | None, limit: int | None,
-        burst: float, now_s: float, believed: float,
+        burst: float, now_s: float, believed: float, flight: Flight | None = None,
     ) -> Forecast:  # fmt: skip
+        """``flight``: the parts of TPOT are noted there."""
         steps, book = model.steps, model.book
         uncached = float(max(1, inputs - cached))
         pairs = uncached * (cached + 0.5 * uncached)
@@ -284,14 +285,23 @@ class LatencyPredictor:
 
     def delay_ms(self, instance: ExecutionInstance, uncached_tokens: int) -> float:
         """What a prompt with so many uncached tokens delays all that decode there now, added up: its steps less theirs, for each."""
-        model = self._model(instance)
+        return self._delay_ms(self._model(instance), instance, float(uncached_tokens))
+
+    def delays_ms(self, request: RequestMetadata, instances: Sequence[ExecutionInstance]) -> list[float]:
+        """:meth:`delay_ms` on each of them, with nothing cached."""
+        inputs = float(self.input_tokens(request))
+        found: list[float] = []
+        for instance in instances:
+            found.append(self._delay_ms(self._model(instance), instance, inputs))  # noqa: PERF401
+        return found
+
+    def _delay_ms(self, model: InstanceModel, live: LiveState, uncached: float) -> float:
         book, steps = model.book, model.steps
-        in_flight: float = instance.active_requests
+        in_flight: float = live.active_requests
         batch = max(book.in_flight, in_flight) / model.ranks
         if batch <= 0.0:
             return 0.0
         kv_tokens = book.context_tokens / model.ranks if book.in_flight else batch * TYPICAL_CONTEXT_TOKENS
-        uncached = float(uncached_tokens)
         with_it_ms = steps.prefill_ms(uncached, 0.5 * uncached * uncached, 1.0, batch, kv_tokens)
         return batch * max(0.0, with_it_ms - steps.steps_of(uncached, batch) * steps.decode_ms(batch, kv_tokens))
 
