@@ -128,7 +128,7 @@ def errors(pairs: list[tuple[float, float, float]]) -> dict[str, float]:
         for found in minutes.values()
         if len(found) >= 20
     ]
-    # a minute's observed mean is itself a draw: what a predictor that knows the true mean would be off by (normal: sqrt(2/pi) of its deviation)
+    # a minute's observed mean is itself a draw: who knows the true mean is off by 0.8 of its deviation on average
     floors = [
         0.8 * statistics.stdev(seen) / len(seen) ** 0.5 / statistics.mean(seen)
         for found in minutes.values()
@@ -198,8 +198,8 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     print(f"{options.fleet}, {options.engines} engines, {options.router}, {options.seconds:g} s")
     print(
-        "| workload | load | requests | TTFT ms | of minutes, at best (worst) | of requests P50, P90 | TPOT ms | of minutes, at best (worst) "
-        "| of requests P50, P90 | length pinball P50, P90 | P90 covers |"
+        "| workload | load | requests | TTFT ms | of minutes, at best (worst) | of requests P50, P90 "
+        "| TPOT ms | of minutes, at best (worst) | of requests P50, P90 | length pinball P50, P90 | P90 covers |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for spec in options.workloads.split(","):
