@@ -127,9 +127,11 @@ class InstanceBook:
         "_group",
         "_group_batch",
         "_group_flights",
+        "_group_kv",
         "_group_pairs",
         "_group_prompts",
         "_group_s",
+        "_group_span_s",
         "_group_tokens",
         "_group_uncommitted",
         "_mixed",
@@ -183,7 +185,9 @@ class InstanceBook:
         self._now_s = now_s
         self._batch_s = self._context_s = 0.0
         self._mixed = self._excess_ms = 0.0
-        self._parts = [0.0] * SIZE
+        #: over the steps with prompts: parts of StepModel (3: context tokens, 4: pairs, 5: batch, in their own units), seconds, and batch
+        #: and context over those seconds
+        self._parts = [0.0] * (SIZE + 2)
         #: milliseconds by which prompts made steps longer, or would have
         self._excess = Arrivals(now_s)
         #: the rates as they were a moment ago: share of time, tokens and requests a second
@@ -194,7 +198,8 @@ class InstanceBook:
         self.tokens_due = Arrivals(now_s)
         self._group = 0
         self._group_s = -1.0
-        self._group_batch = self._group_tokens = self._group_pairs = self._group_prompts = 0.0
+        self._group_batch = self._group_kv = self._group_span_s = 0.0
+        self._group_tokens = self._group_pairs = self._group_prompts = 0.0
         self._group_uncommitted = False
         self._group_flights: list[Flight] = []
 
@@ -397,6 +402,8 @@ class InstanceBook:
             self._group += 1
             self._group_s = now_s
             self._group_batch = self.decoding / self.ranks
+            self._group_kv = self.context_tokens / self.ranks
+            self._group_span_s = max(0.0, now_s - self.current_s) if self.current_prompts > 0.0 else 0.0
             self._group_tokens = self._group_pairs = self._group_prompts = 0.0
             self._group_uncommitted = True
         self._group_tokens += flight.uncached_tokens / self.ranks
@@ -422,15 +429,22 @@ class InstanceBook:
         steps, batch, prompts = self.steps, self._group_batch, self._group_prompts
         beside = max(1.0, batch)  # where nothing was disturbed: what it would have been
         mixed = steps.steps_of(self._group_tokens, beside)
-        kv_tokens = self.context_tokens / self.ranks
+        kv_tokens = self._group_kv
         with_prompts_ms = steps.prefill_ms(self._group_tokens, self._group_pairs, prompts, beside, kv_tokens)
         excess_ms = max(0.0, with_prompts_ms - mixed * steps.decode_ms(beside, kv_tokens))
         self._excess.add(self._group_s, excess_ms)
         if batch > 0.0:
+            span_s = self._group_span_s or 0.001 * with_prompts_ms
+            parts = self._parts
             self._mixed += mixed
-            steps.add_prefill(self._parts, self._group_tokens, prompts, batch)
-            self._parts[4] += self._group_pairs  # in pairs here; a unit's milliseconds come with add_rest
             self._excess_ms += excess_ms
+            steps.add_prefill(parts, self._group_tokens, prompts, batch)
+            parts[3] += mixed * kv_tokens
+            parts[4] += self._group_pairs
+            parts[5] += mixed * batch
+            parts[6] += span_s
+            parts[7] += span_s * batch
+            parts[8] += span_s * kv_tokens
         for flight in self._group_flights:
             if flight.state == 1:
                 self._open_window(flight)
@@ -439,7 +453,7 @@ class InstanceBook:
     def _open_window(self, flight: Flight) -> None:
         flight.window_mixed = self._mixed
         flight.window_excess_ms = self._excess_ms
-        flight.window_parts = [self._parts[0], self._parts[1], self._parts[2], self._parts[4]]
+        flight.window_parts = list(self._parts)
 
     def _wants_sample(self, now_s: float) -> bool:
         steps = self.steps
@@ -447,8 +461,8 @@ class InstanceBook:
 
     def _take_share(self, flight: Flight) -> None:
         """The part of the engine's time in its window that was its own: of decoding, one share of the batch."""
-        if flight.group == self._group:
-            self._commit()
+        if flight.group == self._group or self._now_s - self._group_s > SAME_STEP_S:
+            self._commit()  # nobody can come to that step any more
         span_ms = 1000.0 * (self._now_s - flight.window_s)
         batch = (self._batch_s - flight.window_batch_s) / max(1e-9, self._now_s - flight.window_s)
         decode_ms = max(0.0, span_ms - (self._excess_ms - flight.window_excess_ms))
@@ -459,18 +473,21 @@ class InstanceBook:
         self._take_share(flight)
         tokens = float(flight.told - flight.window_tokens)
         span_s = now_s - flight.window_s
-        if tokens > 0.0 and span_s > 0.0 and len(flight.window_parts) == 4:
+        if tokens > 0.0 and span_s > 0.0 and flight.window_parts:
             ranks, steps = self.ranks, self.steps
-            batch = (self._batch_s - flight.window_batch_s) / span_s / ranks
-            kv_tokens = (self._context_s - flight.window_context_s) / span_s / ranks
-            mixed = min(1.0, (self._mixed - flight.window_mixed) / tokens)
+            done, held = self._parts, flight.window_parts
+            mixed = min(tokens, self._mixed - flight.window_mixed)
+            # batch and context of the steps without prompts: over the time that those with prompts leave
+            plain_s = max(0.05 * span_s, span_s - (done[6] - held[6]))
+            batch = max(0.0, (self._batch_s - flight.window_batch_s) / ranks - (done[7] - held[7])) / plain_s
+            kv_tokens = max(0.0, (self._context_s - flight.window_context_s) / ranks - (done[8] - held[8])) / plain_s
             parts = [0.0] * SIZE
-            steps.add_step(parts, 1.0 - mixed, 0.0, batch, 0.0)
-            held = flight.window_parts
-            parts[0] += (self._parts[0] - held[0]) / tokens
-            parts[1] += (self._parts[1] - held[1]) / tokens
-            parts[2] += (self._parts[2] - held[2]) / tokens
-            steps.add_rest(parts, kv_tokens, (self._parts[4] - held[3]) / tokens, batch)
+            steps.add_step(parts, 1.0 - mixed / tokens, 0.0, batch, 0.0)
+            for k in range(3):
+                parts[k] += (done[k] - held[k]) / tokens
+            kv_tokens = (kv_tokens * (tokens - mixed) + done[3] - held[3]) / tokens
+            batch = (batch * (tokens - mixed) + done[5] - held[5]) / tokens
+            steps.add_rest(parts, kv_tokens, (done[4] - held[4]) / tokens, batch)
             steps.learn(1000.0 * span_s / tokens, parts)
             self.sampled_s = now_s
             self.next_sample_s = now_s + SAMPLE_INTERVAL_S
