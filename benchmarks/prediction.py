@@ -246,7 +246,8 @@ def fault(options: argparse.Namespace) -> dict[str, Any]:
     share = sum(before) / len(before)
     found = {
         "share_before": share,
-        "seconds_to_half": _first_below(placed, options.slow_at, options.well_at, 0.5 * share),
+        "seconds_to_half": _stays_below(placed, options.slow_at, options.well_at, 0.5 * share),
+        "placed_in_first_5_s": sum(own for at_s, own in placed if options.slow_at <= at_s < options.slow_at + 5.0),
         "share_while_slow": _share(placed, options.slow_at + 10.0, options.well_at),
         "trials_while_slow": sum(own for at_s, own in placed if options.slow_at + 10.0 <= at_s < options.well_at),
         "seconds_to_first_use": next((at_s - options.well_at for at_s, own in placed if own and at_s >= options.well_at), None),
@@ -283,14 +284,14 @@ def _share(placed: list[tuple[float, bool]], begin_s: float, end_s: float) -> fl
     return sum(own) / len(own) if own else 0.0
 
 
-def _first_below(placed: list[tuple[float, bool]], begin_s: float, end_s: float, bound: float, window_s: float = 5.0) -> float | None:
-    """Seconds after ``begin_s`` from which on it gets less than ``bound`` of the requests, in this window and in the next."""
-    at_s = begin_s
-    while at_s < end_s:
-        if max(_share(placed, at_s, at_s + window_s), _share(placed, at_s + window_s, at_s + 2 * window_s)) < bound:
-            return at_s - begin_s
+def _stays_below(placed: list[tuple[float, bool]], begin_s: float, end_s: float, bound: float, window_s: float = 2.0) -> float:
+    """Seconds after ``begin_s`` from which on it gets less than ``bound`` of the requests in every window until ``end_s``."""
+    found_s, at_s = 0.0, begin_s
+    while at_s + window_s <= end_s:
+        if _share(placed, at_s, at_s + window_s) >= bound:
+            found_s = at_s + window_s - begin_s
         at_s += 0.1
-    return None
+    return found_s
 
 
 def _first_above(placed: list[tuple[float, bool]], begin_s: float, end_s: float, bound: float, window_s: float = 5.0) -> float | None:

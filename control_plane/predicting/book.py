@@ -269,6 +269,8 @@ class InstanceBook:
             self.context_tokens = max(0.0, self.context_tokens - flight.context_tokens) if self.decoding else 0.0
         else:
             self._no_longer_waits(flight)
+            if self.current_prompts == 0.0:
+                self._begin_step(now_s)
         flight.state = 2
         if self.in_flight == 0.0:
             self.current_tokens = self.current_pairs = self.current_prompts = 0.0
@@ -372,18 +374,21 @@ class InstanceBook:
         self._advance(now_s)
         if self.late_prompts > 0.0 or self.current_prompts > 1.5:
             flight.exclusive = False
-        if self.current_prompts > 0.5 and self.current_prompts < 1.5 and self._group_s == self.current_s:
+        if 0.5 < self.current_prompts < 1.5 and self._group_s == self.current_s:
             flight.step_s = self.current_s  # that step began when the one before ended, and had this prompt alone
         flight.batch = self.decoding / self.ranks
         flight.kv_tokens = self.context_tokens / self.ranks
         self._no_longer_waits(flight)
         self._prompt_done(flight, now_s)
-        # whoever has been waiting is in the step that begins now
+        self._begin_step(self._group_s)
+
+    def _begin_step(self, now_s: float) -> None:
+        """Whoever has been waiting is in the step that begins now."""
         self.current_tokens += self.late_tokens
         self.current_pairs += self.late_pairs
         self.current_prompts += self.late_prompts
         self.late_tokens = self.late_pairs = self.late_prompts = 0.0
-        self.current_s = self._group_s
+        self.current_s = now_s
 
     def _no_longer_waits(self, flight: Flight) -> None:
         if self.current_prompts > 0.5:

@@ -183,6 +183,19 @@ def test_what_waits_is_waited_for() -> None:
     assert waits.ttft_ms == pytest.approx((waits.delay_ms + waits.wait_ms + waits.prefill_ms) * waits.correction)
 
 
+def test_who_waits_behind_a_prompt_that_is_given_up_is_next() -> None:
+    predictor, where = LatencyPredictor(), instance()
+    first, second = (
+        predictor.began(RequestMetadata(prompt="x", model_name=MODEL, input_tokens=4000), where, at_s, streamed=True) for at_s in (1.0, 1.1)
+    )
+    book = second.book
+    assert (book.current_prompts, book.late_prompts) == (1.0, 1.0)
+    book.leave(first, 1.2, well=False)
+
+    assert (book.current_prompts, book.late_prompts, book.current_s) == (1.0, 0.0, 1.2)
+    assert book.current_tokens == 4000.0
+
+
 def test_cached_tokens_are_not_computed() -> None:
     predictor, where, request = LatencyPredictor(), instance(), RequestMetadata(prompt="x", model_name=MODEL, input_tokens=8000)
 
