@@ -9,7 +9,8 @@ from control_plane.clock import Clock
 from control_plane.errors import ControlPlaneError
 from control_plane.fleet import Fleet
 from control_plane.job import Job
-from control_plane.live_state import LiveState
+from control_plane.predicting.book import Flight
+from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import Call, EngineOutcome, Headers
 from control_plane.types import ExecutionInstance, Leg, RequestMetadata, RequestStatus
 
@@ -30,10 +31,9 @@ class Attempt:
         "_attempts",
         "_listener",
         "_settled",
-        "backlog_ms",
-        "batch",
         "call",
         "chunk",
+        "flight",
         "frame",
         "instance",
         "job",
@@ -49,10 +49,8 @@ class Attempt:
         self._settled = False
         self.call: Call | None = None
         self.started_s = job.scheduled_s or attempts.clock.now_s()
-        #: predicted work there when this one came, and the requests in flight there with it
-        live: LiveState = instance
-        self.backlog_ms: float = live.outstanding_ms
-        self.batch = float(live.active_requests + 1)
+        #: what the predictor keeps of it; None where another predictor than ours is in use
+        self.flight: Flight | None = None
         #: something has reached the caller's sink: from here on the request cannot be tried elsewhere
         self.sent = False
         #: bytes go from the engine to the caller's sink without a frame of ours in between
@@ -74,22 +72,25 @@ class Attempt:
             job.first_token_s = first_s
         job.last_token_s = last_s
         job.output_tokens += n
+        flight = self.flight
+        if flight is not None:
+            flight.book.tokens(flight, n, first_s, last_s)
         job.sink.tokens(n, first_s, last_s)
 
     def finished(self, outcome: EngineOutcome) -> None:
-        if self._settle():
+        if self._settle(well=True):
             self._attempts.count(failed=False)
             self._listener.attempt_finished(self, outcome)
 
     def failed(self, error: ControlPlaneError) -> None:
-        if self._settle():
+        if self._settle(well=False):
             self._attempts.count(failed=True)
             self._listener.attempt_failed(self, error)
 
     def cancel(self) -> None:
         """Stop the engine's work; the listener hears nothing."""
         call = self.call
-        if self._settle() and call is not None:
+        if self._settle(well=False) and call is not None:
             call.cancel()
 
     def give_up(self, error: ControlPlaneError) -> None:
@@ -103,12 +104,12 @@ class Attempt:
     def settled(self) -> bool:
         return self._settled
 
-    def _settle(self) -> bool:
+    def _settle(self, *, well: bool) -> bool:
         if self._settled:
             return False
         self._settled = True
         self.call = None
-        self._attempts.closed(self)
+        self._attempts.closed(self, well=well)
         return True
 
 
@@ -121,6 +122,8 @@ class Attempts:
         self.ended = 0
         self.failed = 0
         self._fleet = fleet
+        predictor = fleet.predictor
+        self._predictor = predictor if isinstance(predictor, LatencyPredictor) else None
 
     def start(self, job: Job, leg: Leg, listener: AttemptListener) -> Attempt:
         """Run ``job`` where ``leg`` says. A failure comes to ``listener.attempt_failed``, maybe at once. Raises InstanceNotFound."""
@@ -143,12 +146,21 @@ class Attempts:
         # an answer that is not streamed shows nothing before its end: it runs from here on, and not from the first byte
         job.state = _RUNNING
         self.running[job.request_id] = job.shown
+        predictor = self._predictor
+        if predictor is not None:
+            cached = self._fleet.prefixes.cached_tokens(job.request, attempt.instance)
+            attempt.flight = predictor.began(
+                job.request, attempt.instance, attempt.started_s, streamed=job.wire.stream, index_tokens=cached
+            )
         self._fleet.placed(attempt.instance, job.predicted_ms, job.phase)
 
-    def closed(self, attempt: Attempt) -> None:
+    def closed(self, attempt: Attempt, *, well: bool) -> None:
         """An attempt leaves its instance, however it ended."""
         job = attempt.job
         self.running.pop(job.request_id, None)
+        flight = attempt.flight
+        if flight is not None:
+            flight.book.leave(flight, job.last_token_s if well and job.last_token_s else self.clock.now_s(), well=well)
         self._fleet.released(attempt.instance, job.predicted_ms, job.phase)
 
     def count(self, *, failed: bool) -> None:
