@@ -12,6 +12,7 @@ from control_plane.job import Job
 from control_plane.live_state import LiveState
 from control_plane.protocols import Call, EngineOutcome, Headers
 from control_plane.types import ExecutionInstance, Leg, RequestMetadata, RequestStatus
+from control_plane.work import Work
 
 _RUNNING: Final = RequestStatus.RUNNING
 
@@ -28,8 +29,12 @@ class Attempt:
 
     __slots__ = (
         "_attempts",
+        "_context_tokens",
         "_listener",
         "_settled",
+        "_starts",
+        "_uncached_tokens",
+        "_work",
         "backlog_ms",
         "batch",
         "call",
@@ -47,6 +52,10 @@ class Attempt:
         self._attempts = attempts
         self._listener = listener
         self._settled = False
+        #: its part in what is in flight there, as long as it has one
+        self._work: Work | None = None
+        self._uncached_tokens = self._context_tokens = 0
+        self._starts = False
         self.call: Call | None = None
         self.started_s = job.scheduled_s or attempts.clock.now_s()
         #: predicted work there when this one came, and the requests in flight there with it
@@ -72,6 +81,8 @@ class Attempt:
         job = self.job
         if not job.first_token_s:
             job.first_token_s = first_s
+        if self._starts:
+            self.has_started()
         job.last_token_s = last_s
         job.output_tokens += n
         job.sink.tokens(n, first_s, last_s)
@@ -85,6 +96,28 @@ class Attempt:
         if self._settle():
             self._attempts.count(failed=True)
             self._listener.attempt_failed(self, error)
+
+    def count_work(self, work: Work, uncached_tokens: int, context_tokens: int) -> None:
+        """It counts in ``work`` until it ends."""
+        self._work = work
+        self._uncached_tokens, self._context_tokens = uncached_tokens, context_tokens
+        self._starts = self.job.wire.stream
+        work.sent(uncached_tokens, context_tokens, self._starts)
+
+    def has_started(self) -> None:
+        """Its first token has come: nobody waits for its prefill any more. May repeat."""
+        work = self._work
+        if self._starts and work is not None:
+            work.first_token(self._uncached_tokens)
+        self._starts = False
+
+    def leave_work(self) -> None:
+        """It has ended. May repeat."""
+        self.has_started()
+        work = self._work
+        if work is not None:
+            work.ended(self._context_tokens)
+        self._work = None
 
     def cancel(self) -> None:
         """Stop the engine's work; the listener hears nothing."""
@@ -143,12 +176,19 @@ class Attempts:
         # an answer that is not streamed shows nothing before its end: it runs from here on, and not from the first byte
         job.state = _RUNNING
         self.running[job.request_id] = job.shown
-        self._fleet.placed(attempt.instance, job.predicted_ms, job.phase)
+        fleet = self._fleet
+        instance = attempt.instance
+        cached = fleet.prefixes.cached_tokens(job.request, instance)
+        uncached = job.input_tokens - cached if cached < job.input_tokens else 1
+        context = job.input_tokens + fleet.predictor.output_tokens(job.request)
+        attempt.count_work(fleet.work.open(instance.instance_id), uncached, context)
+        fleet.placed(instance, job.predicted_ms, job.phase)
 
     def closed(self, attempt: Attempt) -> None:
         """An attempt leaves its instance, however it ended."""
         job = attempt.job
         self.running.pop(job.request_id, None)
+        attempt.leave_work()
         self._fleet.released(attempt.instance, job.predicted_ms, job.phase)
 
     def count(self, *, failed: bool) -> None:

@@ -37,6 +37,7 @@ from control_plane.router import LoadBalancer, RequestRouter, RoutingStrategy
 from control_plane.time_limits import QueueTimeLimits
 from control_plane.transport import ClientLimits
 from control_plane.types import (
+    Candidate,
     ExecutionInstance,
     PDMetrics,
     PDSeparationConfig,
@@ -545,5 +546,12 @@ def describe_decision(decision: SchedulingDecision) -> dict[str, Any]:
         "estimated_latency_ms": round(decision.estimated_latency_ms, 3),
         "estimated_cost_usd": decision.estimated_cost,
         "legs": [{"instance_id": leg.instance_id, "role": str(leg.role)} for leg in decision.plan.legs],
-        "candidates": [{"instance_id": c.instance_id, "predicted_ms": round(c.predicted_ms, 3)} for c in decision.candidates],
+        "candidates": [_describe_candidate(c, decision.parts.get(c.instance_id)) for c in decision.candidates],
     }
+
+
+def _describe_candidate(candidate: Candidate, parts: Mapping[str, float] | None) -> dict[str, Any]:
+    told: dict[str, Any] = {"instance_id": candidate.instance_id, "predicted_ms": round(candidate.predicted_ms, 3)}
+    if parts:
+        told["parts"] = {name: round(value, 3) for name, value in parts.items()}
+    return told

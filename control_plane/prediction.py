@@ -240,6 +240,11 @@ class LatencyPredictor:
         model = self._model(instance)
         return model.decode.fixed + model.decode.slope * (instance.active_requests + 1) / model.ranks
 
+    def marginal_tpot_ms(self, instance: ExecutionInstance) -> float:
+        """Milliseconds by which one request more lengthens every decode step there."""
+        model = self._model(instance)
+        return model.decode.slope / model.ranks
+
     def wait_ms(self, instance: LiveState) -> float:
         """Until a newcomer's first token can start: the learned share of the work in flight there that it waits for."""
         model = self._model(instance)

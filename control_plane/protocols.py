@@ -15,6 +15,7 @@ from control_plane.types import ExecutionInstance, Leg, RequestMetadata
 from control_plane.wire_request import EngineOutcome as EngineOutcome
 from control_plane.wire_request import Headers as Headers
 from control_plane.wire_request import WireRequest as WireRequest
+from control_plane.work import WorkBook
 
 
 class Call(Protocol):
@@ -63,6 +64,15 @@ class PrefixMatches(Protocol):
     def cached_tokens(self, request: RequestMetadata, instance: ExecutionInstance) -> int:
         """Tokens of the prompt whose KV blocks that instance is believed to hold."""
 
+    def cached_on(self, request: RequestMetadata, instances: Sequence[ExecutionInstance]) -> list[int]:
+        """:meth:`cached_tokens` on each of them; the prompt is looked at once."""
+
+    def holders(self, request: RequestMetadata) -> Sequence[str]:
+        """Ids of instances that hold some of the prompt, the most of it first; empty where nobody knows."""
+
+    def lost_tokens(self, instance: ExecutionInstance, tokens: int) -> float:
+        """How many tokens are expected to be computed again because ``tokens`` new ones take their room in its cache."""
+
 
 class Predictor(Protocol):
     """Milliseconds and dollars, finite from the first call on (a roofline prior stands in until there are samples)."""
@@ -74,6 +84,9 @@ class Predictor(Protocol):
 
     def tpot_ms(self, instance: ExecutionInstance) -> float:
         """Milliseconds per further output token at its present batch."""
+
+    def marginal_tpot_ms(self, instance: ExecutionInstance) -> float:
+        """Milliseconds by which one request more lengthens every decode step there."""
 
     def wait_ms(self, instance: ExecutionInstance) -> float:
         """What is in flight there ahead of a newcomer, until its first token could start."""
@@ -93,6 +106,10 @@ class FleetView(Protocol):
     def predictor(self) -> Predictor: ...
     @property
     def prefixes(self) -> PrefixMatches: ...
+    @property
+    def work(self) -> WorkBook:
+        """What is in flight on each instance, known first hand."""
+
     def instances(self) -> Sequence[ExecutionInstance]:
         """Every registered instance, usable or not."""
 

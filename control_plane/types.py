@@ -594,6 +594,8 @@ class SchedulingDecision:
     router: str
     #: the request's own service there in predicted milliseconds, without waiting; None where only the sum was told
     service_ms: float | None
+    #: by candidate, what its predicted milliseconds are made of, where the router went by parts (with ``cached_tokens`` beside them)
+    parts: Mapping[str, Mapping[str, float]] = field(hash=False)
 
     def __init__(
         self,
@@ -610,6 +612,7 @@ class SchedulingDecision:
         policy: str = "",
         router: str = "",
         service_ms: float | None = None,
+        parts: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         # one update of the instance dict: a frozen dataclass's own __init__ costs four times as much, and this is the hot path
         self.__dict__.update(
@@ -626,6 +629,7 @@ class SchedulingDecision:
             policy=policy,
             router=router,
             service_ms=service_ms,
+            parts=parts if parts is not None else {},
         )
 
     @property

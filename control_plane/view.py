@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import Predictor, PrefixMatches
 from control_plane.types import ExecutionInstance, RequestMetadata
+from control_plane.work import WorkBook
 
 
 class NoPrefixes:
@@ -15,11 +16,20 @@ class NoPrefixes:
     def cached_tokens(self, request: RequestMetadata, instance: ExecutionInstance) -> int:
         return 0
 
+    def cached_on(self, request: RequestMetadata, instances: Sequence[ExecutionInstance]) -> list[int]:
+        return [0] * len(instances)
+
+    def holders(self, request: RequestMetadata) -> Sequence[str]:
+        return ()
+
+    def lost_tokens(self, instance: ExecutionInstance, tokens: int) -> float:
+        return 0.0
+
 
 class StaticView:
     """Satisfies :class:`~control_plane.protocols.FleetView`. The instances are read as they are at the moment of a question."""
 
-    __slots__ = ("_instances", "now_s", "predictor", "prefixes")
+    __slots__ = ("_instances", "now_s", "predictor", "prefixes", "work")
 
     def __init__(
         self,
@@ -28,11 +38,13 @@ class StaticView:
         now_s: float = 0.0,
         predictor: Predictor | None = None,
         prefixes: PrefixMatches | None = None,
+        work: WorkBook | None = None,
     ) -> None:
         self._instances = instances
         self.now_s = now_s
         self.predictor: Predictor = predictor if predictor is not None else LatencyPredictor()
         self.prefixes: PrefixMatches = prefixes if prefixes is not None else NoPrefixes()
+        self.work = work if work is not None else WorkBook()
 
     def instances(self) -> Sequence[ExecutionInstance]:
         return self._instances

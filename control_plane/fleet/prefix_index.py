@@ -8,6 +8,7 @@ Bytes stand in for tokens: nothing is tokenised here.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Final
 
 import xxhash
@@ -33,15 +34,41 @@ class PrefixIndex:
 
     def cached_tokens(self, request: RequestMetadata, instance: ExecutionInstance) -> int:
         """Tokens of the prompt's head that were sent there and are probably held still; whole pieces only."""
+        return self._cached(chain(request), instance)
+
+    def cached_on(self, request: RequestMetadata, instances: Sequence[ExecutionInstance]) -> list[int]:
+        """:meth:`cached_tokens` on each of them; the prompt is looked at once."""
+        pieces = chain(request)
+        if not pieces:
+            return [0] * len(instances)
+        return [self._cached(pieces, instance) for instance in instances]
+
+    def _cached(self, pieces: list[int], instance: ExecutionInstance) -> int:
         held = self._held.get(instance.instance_id)
         if not held or instance.engine.prefix_caching is False:
             return 0
-        pieces = 0
-        for piece in chain(request):
+        found = 0
+        for piece in pieces:
             if piece not in held:
                 break
-            pieces += 1
-        return pieces * PIECE_BYTES // BYTES_PER_TOKEN
+            found += 1
+        return found * PIECE_BYTES // BYTES_PER_TOKEN
+
+    def holders(self, request: RequestMetadata) -> list[str]:
+        """Ids of instances that hold some of the prompt, the most of it first."""
+        pieces = chain(request)
+        if not pieces:
+            return []
+        found: list[tuple[int, str]] = []
+        for name, held in self._held.items():
+            if pieces[0] in held:
+                found.append((next((at for at, piece in enumerate(pieces) if piece not in held), len(pieces)), name))
+        found.sort(key=lambda one: -one[0])
+        return [name for _, name in found]
+
+    def lost_tokens(self, instance: ExecutionInstance, tokens: int) -> float:
+        """Nothing is counted as lost: what lies at the cold end of this index is not known to be asked for again."""
+        return 0.0
 
     def sent(self, request: RequestMetadata, instance: ExecutionInstance) -> None:
         """``request`` runs there now: its prefix will be cached."""

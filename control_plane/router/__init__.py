@@ -11,6 +11,8 @@ from control_plane.router.load_balancer import LoadBalancer
 from control_plane.router.locality import Locality
 from control_plane.router.placement import Placement
 from control_plane.router.power_of_two import PowerOfTwo
+from control_plane.router.predicted_latency import PredictedLatency
+from control_plane.router.prefix_aware import PrefixAware
 from control_plane.router.random_choice import RandomChoice
 from control_plane.router.request_router import RequestRouter
 from control_plane.router.round_robin import RoundRobin
@@ -26,6 +28,8 @@ __all__ = [
     "Locality",
     "Placement",
     "PowerOfTwo",
+    "PredictedLatency",
+    "PrefixAware",
     "RandomChoice",
     "RequestRouter",
     "RoundRobin",
