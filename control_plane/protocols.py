@@ -64,11 +64,11 @@ class PrefixMatches(Protocol):
     def cached_tokens(self, request: RequestMetadata, instance: ExecutionInstance) -> int:
         """Tokens of the prompt whose KV blocks that instance is believed to hold."""
 
-    def cached_on(self, request: RequestMetadata, instances: Sequence[ExecutionInstance]) -> list[int]:
+    def cached_tokens_of(self, request: RequestMetadata, instances: Sequence[ExecutionInstance]) -> list[int]:
         """:meth:`cached_tokens` on each of them; the prompt is looked at once."""
 
-    def holders(self, request: RequestMetadata) -> Sequence[str]:
-        """Ids of instances that hold some of the prompt, the most of it first; empty where nobody knows."""
+    def holders(self, request: RequestMetadata, limit: int) -> Sequence[ExecutionInstance]:
+        """The instances that hold the most of the prompt, at most ``limit``, the most first; empty where nobody knows."""
 
     def lost_tokens(self, instance: ExecutionInstance, tokens: int) -> float:
         """How many tokens are expected to be computed again because ``tokens`` new ones take their room in its cache."""

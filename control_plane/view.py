@@ -16,10 +16,10 @@ class NoPrefixes:
     def cached_tokens(self, request: RequestMetadata, instance: ExecutionInstance) -> int:
         return 0
 
-    def cached_on(self, request: RequestMetadata, instances: Sequence[ExecutionInstance]) -> list[int]:
+    def cached_tokens_of(self, request: RequestMetadata, instances: Sequence[ExecutionInstance]) -> list[int]:
         return [0] * len(instances)
 
-    def holders(self, request: RequestMetadata) -> Sequence[str]:
+    def holders(self, request: RequestMetadata, limit: int) -> Sequence[ExecutionInstance]:
         return ()
 
     def lost_tokens(self, instance: ExecutionInstance, tokens: int) -> float:

@@ -154,25 +154,11 @@ def sampled(request: RequestMetadata, candidates: Sequence[ExecutionInstance], v
     while len(chosen) < SAMPLE_SIZE:
         chosen.add(int(random() * n))
     sample = [candidates[k] for k in sorted(chosen)]
-    holders = view.prefixes.holders(request)
+    holders = view.prefixes.holders(request, MAX_HOLDERS)
     if holders:
-        sample += _usable_holders(holders, candidates, sample, view)
+        eligible, drawn = set(candidates), set(sample)
+        sample += [instance for instance in holders if instance in eligible and instance not in drawn]
     return sample
-
-
-def _usable_holders(
-    holders: Sequence[str], candidates: Sequence[ExecutionInstance], sample: list[ExecutionInstance], view: FleetView
-) -> list[ExecutionInstance]:
-    found: list[ExecutionInstance] = []
-    eligible, drawn = set(candidates), set(sample)
-    for name in holders:
-        instance = view.get(name)
-        if instance is None or instance in drawn or instance not in eligible:
-            continue
-        found.append(instance)
-        if len(found) == MAX_HOLDERS:
-            break
-    return found
 
 
 def sample_note(looked_at: int, there_are: int) -> str:

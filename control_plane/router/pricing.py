@@ -12,6 +12,7 @@ The sum is what the fleet's requests lose together by this placement. ``delay`` 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -99,7 +100,7 @@ def priced(request: RequestMetadata, seen: Sequence[ExecutionInstance], view: Fl
     predictor, prefixes, book = view.predictor, view.prefixes, view.work
     inputs = predictor.input_tokens(request)
     outputs = predictor.output_tokens(request)
-    found = Prices(seen, prefixes.cached_on(request, seen))
+    found = Prices(seen, prefixes.cached_tokens_of(request, seen))
     known = predictor if isinstance(predictor, LatencyPredictor) else None
     for at, instance in enumerate(seen):
         live: LiveState = instance
@@ -110,22 +111,27 @@ def priced(request: RequestMetadata, seen: Sequence[ExecutionInstance], view: Fl
         if known is not None:  # compiled calls; the protocol's cost an attribute look-up each
             prefill_ms = known.prefill_ms(instance, uncached)
             fixed_ms = known.prefill_ms(instance, 0)
-            queued_ms = known.prefill_ms(instance, work.starting_tokens) - fixed_ms
+            before_ms = known.prefill_ms(instance, work.starting_tokens)
+            after_ms = known.prefill_ms(instance, work.starting_tokens + uncached)
             tpot_ms = known.tpot_ms(instance)
             marginal_ms = known.marginal_tpot_ms(instance)
         else:
             prefill_ms = predictor.prefill_ms(instance, uncached)
             fixed_ms = predictor.prefill_ms(instance, 0)
-            queued_ms = predictor.prefill_ms(instance, work.starting_tokens) - fixed_ms
+            before_ms = predictor.prefill_ms(instance, work.starting_tokens)
+            after_ms = predictor.prefill_ms(instance, work.starting_tokens + uncached)
             tpot_ms = predictor.tpot_ms(instance)
             marginal_ms = predictor.marginal_tpot_ms(instance)
-        stall_ms = prefill_ms - fixed_ms
-        found.waiting.append(queued_ms + _for_room_ms(instance, in_flight, work.starting_tokens + uncached + outputs))
+        # a step computes prompts while it reads the weights for those that decode, and takes about the root of the squares of both: the
+        # first prompts of a step stall the others less than those that come on top
+        stall_ms = math.hypot(tpot_ms, after_ms - fixed_ms) - math.hypot(tpot_ms, before_ms - fixed_ms)
+        found.waiting.append(before_ms - fixed_ms + _for_room_ms(instance, in_flight, work.starting_tokens + uncached + outputs))
         found.prefill.append(prefill_ms)
         found.decode.append(outputs * tpot_ms)
         found.delay.append(in_flight * (stall_ms + outputs * marginal_ms))
         lost = prefixes.lost_tokens(instance, uncached + outputs)
-        found.eviction.append(lost * stall_ms / uncached if lost else 0.0)
+        # computed again it will stall as many as are there now
+        found.eviction.append((1.0 + in_flight) * lost * (after_ms - before_ms) / uncached if lost else 0.0)
     return found
 
 

@@ -31,7 +31,7 @@ class CacheAware(RoutingStrategy):
 
     def place(self, request: RequestMetadata, candidates: Sequence[ExecutionInstance], view: FleetView) -> Placement:
         inputs = max(1, view.predictor.input_tokens(request))
-        cached = view.prefixes.cached_on(request, candidates)
+        cached = view.prefixes.cached_tokens_of(request, candidates)
         loads = [instance.active_requests for instance in candidates]
         least, most = min(loads), max(loads)
         longest = max(cached)

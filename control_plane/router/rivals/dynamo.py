@@ -46,7 +46,7 @@ class DynamoCost(RoutingStrategy):
     def costs(self, request: RequestMetadata, candidates: Sequence[ExecutionInstance], view: FleetView) -> list[float]:
         """In blocks."""
         inputs = view.predictor.input_tokens(request)
-        cached = view.prefixes.cached_on(request, candidates)
+        cached = view.prefixes.cached_tokens_of(request, candidates)
         found: list[float] = []
         for at, instance in enumerate(candidates):
             size = instance.engine.kv_block_size_tokens or BLOCK_TOKENS

@@ -20,7 +20,7 @@ class LMetric(RoutingStrategy):
 
     def place(self, request: RequestMetadata, candidates: Sequence[ExecutionInstance], view: FleetView) -> Placement:
         inputs = view.predictor.input_tokens(request)
-        cached = view.prefixes.cached_on(request, candidates)
+        cached = view.prefixes.cached_tokens_of(request, candidates)
         best: tuple[float, int, int] | None = None
         for at, instance in enumerate(candidates):
             tokens = view.work.of(instance.instance_id).starting_tokens + max(1, inputs - cached[at])

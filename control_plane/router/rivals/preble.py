@@ -35,7 +35,7 @@ class PrebleE2(RoutingStrategy):
         self._forget_old(view.now_s)
         loads_ms = [self._loads_ms.get(instance.instance_id, 0.0) for instance in candidates]
         inputs = view.predictor.input_tokens(request)
-        cached = view.prefixes.cached_on(request, candidates)
+        cached = view.prefixes.cached_tokens_of(request, candidates)
         most = max(cached)
         if most > inputs - most:
             chosen = min((at for at in range(len(candidates)) if cached[at] == most), key=loads_ms.__getitem__)

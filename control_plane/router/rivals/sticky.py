@@ -33,7 +33,7 @@ class StickyUntilSaturated(RoutingStrategy):
 
     def place(self, request: RequestMetadata, candidates: Sequence[ExecutionInstance], view: FleetView) -> Placement:
         inputs = view.predictor.input_tokens(request)
-        cached = view.prefixes.cached_on(request, candidates)
+        cached = view.prefixes.cached_tokens_of(request, candidates)
         scores: list[int] = []
         first_ms: list[float] = []
         for at, instance in enumerate(candidates):

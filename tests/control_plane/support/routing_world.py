@@ -1,0 +1,79 @@
+"""A fleet whose prices can be worked out by hand: round speeds, told caches, told work in flight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from control_plane.types import ExecutionInstance, RequestMetadata
+from control_plane.view import NoPrefixes, StaticView
+from control_plane.work import WorkBook
+
+#: of :class:`RoundNumbers`
+FIXED_MS = 10.0
+OUTPUT_TOKENS = 100
+
+
+class RoundNumbers:
+    """Prefill 10 ms + 1 ms a token, decode steps of 20 ms + 1 ms for each request in the batch, answers of 100 tokens."""
+
+    def input_tokens(self, request: RequestMetadata) -> int:
+        return request.input_tokens or 0
+
+    def output_tokens(self, request: RequestMetadata) -> int:
+        return OUTPUT_TOKENS
+
+    def prefill_ms(self, instance: ExecutionInstance, tokens: int) -> float:
+        return FIXED_MS + tokens
+
+    def tpot_ms(self, instance: ExecutionInstance) -> float:
+        return 20.0 + instance.active_requests + 1
+
+    def marginal_tpot_ms(self, instance: ExecutionInstance) -> float:
+        return 1.0
+
+    def wait_ms(self, instance: ExecutionInstance) -> float:
+        return 0.0
+
+    def service_ms(self, request: RequestMetadata, instance: ExecutionInstance) -> float:
+        return self.prefill_ms(instance, self.input_tokens(request)) + OUTPUT_TOKENS * self.tpot_ms(instance)
+
+    def cost_usd(self, request: RequestMetadata, instance: ExecutionInstance) -> float:
+        return 0.0
+
+
+class ToldPrefixes(NoPrefixes):
+    """Holds what it is told, for every request alike."""
+
+    def __init__(self, cached: Mapping[str, int] | None = None, lost_share: Mapping[str, float] | None = None) -> None:
+        self.cached = dict(cached or {})
+        self.lost_share = dict(lost_share or {})
+
+    def cached_tokens(self, request: RequestMetadata, instance: ExecutionInstance) -> int:
+        return self.cached.get(instance.instance_id, 0)
+
+    def cached_tokens_of(self, request: RequestMetadata, instances: Sequence[ExecutionInstance]) -> list[int]:
+        return [self.cached_tokens(request, instance) for instance in instances]
+
+    def lost_tokens(self, instance: ExecutionInstance, tokens: int) -> float:
+        return self.lost_share.get(instance.instance_id, 0.0) * tokens
+
+
+class World:
+    """Instances ``a``, ``b``, ... with their requests in flight, and the view over them."""
+
+    def __init__(self, *in_flight: int, cached: Mapping[str, int] | None = None, lost_share: Mapping[str, float] | None = None) -> None:
+        self.instances = [ExecutionInstance(chr(97 + k), model_name="m", active_requests=n) for k, n in enumerate(in_flight)]
+        self.prefixes = ToldPrefixes(cached, lost_share)
+        self.work = WorkBook()
+        self.view = StaticView(self.instances, predictor=RoundNumbers(), prefixes=self.prefixes, work=self.work)
+
+    def queued(self, instance_id: str, tokens: int, context_tokens: int = 0) -> None:
+        """A request is there that has shown no token yet, with so many to prefill."""
+        self.work.open(instance_id).sent(tokens, context_tokens, starts=True)
+
+    def decoding(self, instance_id: str, context_tokens: int) -> None:
+        self.work.open(instance_id).sent(0, context_tokens, starts=False)
+
+
+def asking(tokens: int, **fields: object) -> RequestMetadata:
+    return RequestMetadata(request_id="r", model_name="m", input_tokens=tokens, **fields)  # type: ignore[arg-type]
