@@ -347,6 +347,10 @@ class EngineStats:
     preemptions: int = 0
     version: str | None = None
     simulated: bool = False
+    #: ours in flight there at that scrape
+    ours: int = 0
+    #: requests that it had beyond ours at that scrape
+    beyond_ours: int = 0
 
 
 @dataclass(eq=False)
@@ -402,6 +406,8 @@ class ExecutionInstance(LiveState):
     #: runs ``--scheduling-policy priority``: the wire's integer priority is sent there
     priority_scheduling: bool = False
     engine: EngineStats = field(default_factory=EngineStats)
+    #: requests of other clients there as the last scrapes tell (written by the fleet)
+    others_requests: float = 0.0
 
     def __post_init__(self, is_healthy: bool | None) -> None:
         if type(self) is not ExecutionInstance:

@@ -19,7 +19,8 @@ class PredictedLatency(RoutingStrategy):
 
     def __init__(self, rng: Random | None = None) -> None:
         self._rng = rng if rng is not None else Random(0)
-        self._turn = 0
+        # several control planes do not take their turns in step
+        self._turn = int(self._rng.random() * 1024)
 
     def place(self, request: RequestMetadata, candidates: Sequence[ExecutionInstance], view: FleetView) -> Placement:
         there_are = len(candidates)

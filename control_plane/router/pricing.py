@@ -22,6 +22,8 @@ from control_plane.protocols import FleetView
 from control_plane.router.placement import Placement, recorded, recorded_order, sample_note
 from control_plane.types import Candidate, ExecutionInstance, RequestMetadata
 
+#: other control planes' requests for each of ours, at most, as far as what they do is guessed from what we do
+MOST_OTHERS: Final = 4.0
 PARTS: Final = ("waiting", "prefill", "decode", "delay", "eviction")
 
 
@@ -101,37 +103,64 @@ def priced(request: RequestMetadata, seen: Sequence[ExecutionInstance], view: Fl
     inputs = predictor.input_tokens(request)
     outputs = predictor.output_tokens(request)
     found = Prices(seen, prefixes.cached_tokens_of(request, seen))
+    batches = batches_of(seen)
     known = predictor if isinstance(predictor, LatencyPredictor) else None
     for at, instance in enumerate(seen):
         live: LiveState = instance
         # the engine computes at least the last token anew
         uncached = max(1, inputs - found.cached_tokens[at])
-        in_flight: float = live.active_requests
-        work = book.of(live.instance_id)
+        batch = batches[at]
+        starting = book.of(live.instance_id).starting_tokens
         if known is not None:  # compiled calls; the protocol's cost an attribute look-up each
             prefill_ms = known.prefill_ms(instance, uncached)
             fixed_ms = known.prefill_ms(instance, 0)
-            before_ms = known.prefill_ms(instance, work.starting_tokens)
-            after_ms = known.prefill_ms(instance, work.starting_tokens + uncached)
+            before_ms = known.prefill_ms(instance, starting)
+            after_ms = known.prefill_ms(instance, starting + uncached)
             tpot_ms = known.tpot_ms(instance)
             marginal_ms = known.marginal_tpot_ms(instance)
         else:
             prefill_ms = predictor.prefill_ms(instance, uncached)
             fixed_ms = predictor.prefill_ms(instance, 0)
-            before_ms = predictor.prefill_ms(instance, work.starting_tokens)
-            after_ms = predictor.prefill_ms(instance, work.starting_tokens + uncached)
+            before_ms = predictor.prefill_ms(instance, starting)
+            after_ms = predictor.prefill_ms(instance, starting + uncached)
             tpot_ms = predictor.tpot_ms(instance)
             marginal_ms = predictor.marginal_tpot_ms(instance)
+        in_flight: float = live.active_requests
+        tpot_ms += (batch - in_flight) * marginal_ms
         # a step computes prompts while it reads the weights for those that decode, and takes about the root of the squares of both: the
         # first prompts of a step stall the others less than those that come on top
         stall_ms = math.hypot(tpot_ms, after_ms - fixed_ms) - math.hypot(tpot_ms, before_ms - fixed_ms)
-        found.waiting.append(before_ms - fixed_ms + _for_room_ms(instance, in_flight, work.starting_tokens + uncached + outputs))
+        found.waiting.append(before_ms - fixed_ms + _for_room_ms(instance, batch, starting + uncached + outputs))
         found.prefill.append(prefill_ms)
         found.decode.append(outputs * tpot_ms)
-        found.delay.append(in_flight * (stall_ms + outputs * marginal_ms))
+        found.delay.append(batch * (stall_ms + outputs * marginal_ms))
         lost = prefixes.lost_tokens(instance, uncached + outputs)
         # computed again it will stall as many as are there now
-        found.eviction.append((1.0 + in_flight) * lost * (after_ms - before_ms) / uncached if lost else 0.0)
+        found.eviction.append((1.0 + batch) * lost * (after_ms - before_ms) / uncached if lost else 0.0)
+    return found
+
+
+def batches_of(seen: Sequence[ExecutionInstance]) -> list[float]:
+    """Requests on each of them: ours, first hand, and other control planes'.
+
+    Theirs are known from scrapes, seconds late. Meanwhile they see what we see and decide as we do, so since the scrape they are taken to
+    have added and ended as we have, in proportion to their share of the whole: two that find the same instance idle fill it together, not
+    twice.
+    """
+    ours = theirs = 0.0
+    for instance in seen:
+        live: LiveState = instance
+        ours += live.active_requests
+        theirs += live.others_requests
+    if theirs <= 0.0:
+        return [float(instance.active_requests) for instance in seen]
+    share = min(MOST_OTHERS, theirs / max(1.0, ours))
+    found: list[float] = []
+    for instance in seen:
+        live = instance
+        active: float = live.active_requests
+        others: float = live.others_requests
+        found.append(active + max(0.0, others + share * (active - instance.engine.ours)))
     return found
 
 
