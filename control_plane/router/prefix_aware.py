@@ -29,6 +29,7 @@ class PrefixAware(RoutingStrategy):
         seen = candidates if there_are <= SAMPLE_ABOVE else sampled(request, candidates, view, self._rng)
         prices = priced(request, seen, view)
         scores_ms, totals_ms = prices.first_tokens(), prices.totals()
-        bound_ms = min(scores_ms) * (1.0 + TIE_SHARE)
+        # a prompt is computed from the next step on: what differs by less than a step comes at about the same time
+        bound_ms = min(scores_ms) * (1.0 + TIE_SHARE) + min(prices.step)
         chosen = min((at for at, score_ms in enumerate(scores_ms) if score_ms <= bound_ms), key=totals_ms.__getitem__)
         return PricedPlacement(prices, scores_ms, chosen, there_are, "soonest first token")

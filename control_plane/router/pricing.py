@@ -30,7 +30,7 @@ PARTS: Final = ("waiting", "prefill", "decode", "delay", "eviction")
 class Prices:
     """Of ``seen``, in this order; all milliseconds but ``cached_tokens``."""
 
-    __slots__ = ("cached_tokens", "decode", "delay", "eviction", "prefill", "seen", "waiting")
+    __slots__ = ("cached_tokens", "decode", "delay", "eviction", "prefill", "seen", "step", "waiting")
 
     def __init__(self, seen: Sequence[ExecutionInstance], cached_tokens: list[int]) -> None:
         self.seen = seen
@@ -40,6 +40,8 @@ class Prices:
         self.decode: list[float] = []
         self.delay: list[float] = []
         self.eviction: list[float] = []
+        #: one decode step with the request in the batch
+        self.step: list[float] = []
 
     def totals(self) -> list[float]:
         waiting, prefill, decode, delay, eviction = self.waiting, self.prefill, self.decode, self.delay, self.eviction
@@ -133,6 +135,7 @@ def priced(request: RequestMetadata, seen: Sequence[ExecutionInstance], view: Fl
         found.waiting.append(before_ms - fixed_ms + _for_room_ms(instance, batch, starting + uncached + outputs))
         found.prefill.append(prefill_ms)
         found.decode.append(outputs * tpot_ms)
+        found.step.append(tpot_ms)
         found.delay.append(batch * (stall_ms + outputs * marginal_ms))
         lost = prefixes.lost_tokens(instance, uncached + outputs)
         # computed again it will stall as many as are there now
