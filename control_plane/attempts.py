@@ -9,10 +9,10 @@ from control_plane.clock import Clock
 from control_plane.errors import ControlPlaneError
 from control_plane.fleet import Fleet
 from control_plane.job import Job
-from control_plane.live_state import LiveState
+from control_plane.predicting.book import Flight
+from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import Call, EngineOutcome, Headers
 from control_plane.types import ExecutionInstance, Leg, RequestMetadata, RequestStatus
-from control_plane.work import Work
 
 _RUNNING: Final = RequestStatus.RUNNING
 
@@ -29,16 +29,11 @@ class Attempt:
 
     __slots__ = (
         "_attempts",
-        "_context_tokens",
         "_listener",
         "_settled",
-        "_starts",
-        "_uncached_tokens",
-        "_work",
-        "backlog_ms",
-        "batch",
         "call",
         "chunk",
+        "flight",
         "frame",
         "instance",
         "job",
@@ -52,16 +47,10 @@ class Attempt:
         self._attempts = attempts
         self._listener = listener
         self._settled = False
-        #: its part in what is in flight there, as long as it has one
-        self._work: Work | None = None
-        self._uncached_tokens = self._context_tokens = 0
-        self._starts = False
         self.call: Call | None = None
         self.started_s = job.scheduled_s or attempts.clock.now_s()
-        #: predicted work there when this one came, and the requests in flight there with it
-        live: LiveState = instance
-        self.backlog_ms: float = live.outstanding_ms
-        self.batch = float(live.active_requests + 1)
+        #: what the predictor keeps of it; None where another predictor than ours is in use
+        self.flight: Flight | None = None
         #: something has reached the caller's sink: from here on the request cannot be tried elsewhere
         self.sent = False
         #: bytes go from the engine to the caller's sink without a frame of ours in between
@@ -81,48 +70,27 @@ class Attempt:
         job = self.job
         if not job.first_token_s:
             job.first_token_s = first_s
-        if self._starts:
-            self.has_started()
         job.last_token_s = last_s
         job.output_tokens += n
+        flight = self.flight
+        if flight is not None:
+            flight.book.tokens(flight, n, first_s, last_s)
         job.sink.tokens(n, first_s, last_s)
 
     def finished(self, outcome: EngineOutcome) -> None:
-        if self._settle():
+        if self._settle(well=True):
             self._attempts.count(failed=False)
             self._listener.attempt_finished(self, outcome)
 
     def failed(self, error: ControlPlaneError) -> None:
-        if self._settle():
+        if self._settle(well=False):
             self._attempts.count(failed=True)
             self._listener.attempt_failed(self, error)
-
-    def count_work(self, work: Work, uncached_tokens: int, context_tokens: int) -> None:
-        """It counts in ``work`` until it ends."""
-        self._work = work
-        self._uncached_tokens, self._context_tokens = uncached_tokens, context_tokens
-        self._starts = self.job.wire.stream
-        work.sent(uncached_tokens, context_tokens, self._starts)
-
-    def has_started(self) -> None:
-        """Its first token has come: nobody waits for its prefill any more. May repeat."""
-        work = self._work
-        if self._starts and work is not None:
-            work.first_token(self._uncached_tokens)
-        self._starts = False
-
-    def leave_work(self) -> None:
-        """It has ended. May repeat."""
-        self.has_started()
-        work = self._work
-        if work is not None:
-            work.ended(self._context_tokens)
-        self._work = None
 
     def cancel(self) -> None:
         """Stop the engine's work; the listener hears nothing."""
         call = self.call
-        if self._settle() and call is not None:
+        if self._settle(well=False) and call is not None:
             call.cancel()
 
     def give_up(self, error: ControlPlaneError) -> None:
@@ -136,12 +104,12 @@ class Attempt:
     def settled(self) -> bool:
         return self._settled
 
-    def _settle(self) -> bool:
+    def _settle(self, *, well: bool) -> bool:
         if self._settled:
             return False
         self._settled = True
         self.call = None
-        self._attempts.closed(self)
+        self._attempts.closed(self, well=well)
         return True
 
 
@@ -154,6 +122,8 @@ class Attempts:
         self.ended = 0
         self.failed = 0
         self._fleet = fleet
+        predictor = fleet.predictor
+        self._predictor = predictor if isinstance(predictor, LatencyPredictor) else None
 
     def start(self, job: Job, leg: Leg, listener: AttemptListener) -> Attempt:
         """Run ``job`` where ``leg`` says. A failure comes to ``listener.attempt_failed``, maybe at once. Raises InstanceNotFound."""
@@ -176,19 +146,21 @@ class Attempts:
         # an answer that is not streamed shows nothing before its end: it runs from here on, and not from the first byte
         job.state = _RUNNING
         self.running[job.request_id] = job.shown
-        fleet = self._fleet
-        instance = attempt.instance
-        cached = fleet.prefixes.cached_tokens(job.request, instance)
-        uncached = job.input_tokens - cached if cached < job.input_tokens else 1
-        context = job.input_tokens + fleet.predictor.output_tokens(job.request)
-        attempt.count_work(fleet.work.open(instance.instance_id), uncached, context)
-        fleet.placed(instance, job.predicted_ms, job.phase)
+        predictor = self._predictor
+        if predictor is not None:
+            cached = self._fleet.prefixes.cached_tokens(job.request, attempt.instance)
+            attempt.flight = predictor.began(
+                job.request, attempt.instance, attempt.started_s, streamed=job.wire.stream, index_tokens=cached
+            )
+        self._fleet.placed(attempt.instance, job.predicted_ms, job.phase)
 
-    def closed(self, attempt: Attempt) -> None:
+    def closed(self, attempt: Attempt, *, well: bool) -> None:
         """An attempt leaves its instance, however it ended."""
         job = attempt.job
         self.running.pop(job.request_id, None)
-        attempt.leave_work()
+        flight = attempt.flight
+        if flight is not None:
+            flight.book.leave(flight, job.last_token_s if well and job.last_token_s else self.clock.now_s(), well=well)
         self._fleet.released(attempt.instance, job.predicted_ms, job.phase)
 
     def count(self, *, failed: bool) -> None:

@@ -63,6 +63,7 @@ class Job:
         "scheduled_s",
         "seq",
         "sink",
+        "spent_usd",
         "state",
         "tried",
         "unreached_since_s",
@@ -114,6 +115,8 @@ class Job:
         self.decided: Decided | None = None
         #: what it is predicted to cost where it runs
         self.cost_usd = 0.0
+        #: what it did cost, of those that were answered
+        self.spent_usd = 0.0
         self.instance: ExecutionInstance | None = None
         self.call: Call | None = None
         self.usage: Usage | None = None

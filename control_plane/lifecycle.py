@@ -399,18 +399,8 @@ class RequestLifecycle:
         live.avg_latency_ms = mean_ms + LATENCY_WEIGHT * (latency_ms - mean_ms) if mean_ms else latency_ms
         if usage.exact:
             job.input_tokens = usage.prompt_tokens
-        if not predictor.wants_sample(instance, now_s):
-            return
-        if usage.exact:
-            predictor.observe_bytes_per_token(job.lane.model, request.prompt_bytes, usage.prompt_tokens)
-            if usage.completion_tokens:
-                predictor.observe_length(job.lane.model, request, usage.completion_tokens)
-        if job.wire.stream and job.output_tokens > 1:
-            uncached = max(0, job.input_tokens - (usage.cached_tokens or 0))
-            first_ms = (job.first_token_s - attempt.started_s) * 1000.0
-            predictor.observe_first_token(instance, uncached, first_ms, attempt.backlog_ms)
-            decode_ms = (job.last_token_s - job.first_token_s) * 1000.0
-            predictor.observe_decode(instance, job.output_tokens - 1, decode_ms, attempt.batch)
+        if attempt.flight is not None:
+            job.spent_usd = predictor.ended(attempt.flight, request, instance, usage, job.last_token_s, now_s)
 
     def attempt_failed(self, attempt: Attempt, error: ControlPlaneError) -> None:
         """The executor reports a failed attempt: queue it again where that is right, else it failed."""

@@ -29,6 +29,7 @@ from control_plane.observability.metrics import MetricsRecorder
 from control_plane.parallelism import ParallelismOptimizer
 from control_plane.pd_routing import PDRoutingStrategy
 from control_plane.policies import SchedulingPolicy, call_hook, create_policy
+from control_plane.predicting.spending import TenantCost
 from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import Sink, WireRequest
 from control_plane.queue import QueueState, RequestQueue
@@ -128,7 +129,7 @@ class ControlPlaneManager:
         #: both switches; :attr:`pd_router` is there exactly then
         self.enable_pd_separation = enable_pd_separation and self.pd_config.enabled
         self._rng = Random(seed)
-        self.predictor = LatencyPredictor()
+        self.predictor = LatencyPredictor(self.clock)
         self.prefixes = PrefixIndex()
         self.executor = ExecutionCoordinator(
             clock=self.clock,
@@ -507,6 +508,10 @@ class ControlPlaneManager:
     def get_metrics(self) -> PerformanceMetrics:
         """Counts since start; rates and quantiles over ``metrics_window_s``."""
         return self.metrics.snapshot(self.fleet.instances(), queued=self.queued_requests, active=len(self.running_requests))
+
+    def get_costs(self) -> list[TenantCost]:
+        """Dollars by tenant and model since start, predicted and actual, the dearest first. Empty where instances have no price."""
+        return self.predictor.spending.listed()
 
     def get_pd_metrics(self) -> PDMetrics:
         """Prefill/decode separation: what was classed how, and where it went."""

@@ -1,44 +1,52 @@
 """Milliseconds and dollars before they are spent: what a request will cost on an instance.
 
-Per instance two lines are kept: prefill milliseconds over uncached tokens, and milliseconds per output token over the batch.
-They start from the roofline of what the instance most likely is, so every estimate is finite before the first sample, and follow
-what is observed. Per model: the length of answers and the bytes of a token. All updates and look-ups are O(1).
+Per instance a model of its steps is learned from what its answers took (predicting/step_model.py), beginning with the roofline of what the
+instance most likely is, so every estimate is finite before the first sample; a book of what is in flight there (predicting/book.py) says
+which steps lie ahead. So
+
+* TTFT = the way there + the step under way + the steps of the prompts that wait with it and its own uncached tokens;
+* TPOT = a decode step at the batch and context expected while it runs, longer by what other prompts take meanwhile;
+* both times what such predictions of the instance have been off by lately.
+
+Per model and tenant: lengths of answers, bytes of a token, dollars. All look-ups and updates are O(1).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Final, TypeVar, cast
 
-from control_plane import roofline
-from control_plane.errors import InvalidRequest
+from control_plane.clock import Clock
 from control_plane.live_state import LiveState, RequestFields
-from control_plane.types import ExecutionInstance, ExecutionInstanceType, RequestKind, RequestMetadata
+from control_plane.predicting.arrivals import Arrivals
+from control_plane.predicting.book import Flight, InstanceBook
+from control_plane.predicting.calibration import Calibration, calibrations
+from control_plane.predicting.hits import HitShares
+from control_plane.predicting.lengths import LengthClass, Lengths, remaining
+from control_plane.predicting.priors import prior_of
+from control_plane.predicting.spending import MS_PER_HOUR, Spending
+from control_plane.predicting.step_model import SIZE, StepModel
+from control_plane.types import ExecutionInstance, RequestKind, RequestMetadata, Usage
 
-#: samples that the roofline prior counts as, and the memory of the learned lines, in samples
-PRIOR_WEIGHT = 4.0
-MEMORY_SAMPLES = 32.0
-#: one sample moves a line as if it were at most this many times off
-OUTLIER_FACTOR = 4.0
-#: part of the work in flight on an instance that a newcomer's first token waits for: decodes run beside it, so it is small
-WAIT_SHARE_PRIOR = 0.01
-TYPICAL_BACKLOG_MS = 10_000.0
-#: a first token whose predicted wait is longer than so many of its own prefills tells nothing of the prefill
-DROWNED = 4.0
 #: so many ends of an instance all teach; after that one in so many seconds does, which follows any drift and costs nothing under load
 LEARN_ALL_SAMPLES: Final = 256
 SAMPLE_INTERVAL_S: Final = 0.02
-#: batch at which an instance counts as well used; dollars are shared out at this batch, so that they do not swing with the load
-NOMINAL_BATCH = 32
+#: batch at which an instance counts as well used: what a request's own work there is, before history says how it is used
+NOMINAL_BATCH: Final = 32.0
 BYTES_PER_TOKEN_PRIOR: Final = 4.0
-OUTPUT_TOKENS_PRIOR = 200.0
-#: observations of a length class before it is believed over the coarser one
-LENGTH_SAMPLES: Final = 8
-MAX_MODELS = 1024
-MAX_INSTANCES = 16_384
-MS_PER_HOUR = 3_600_000.0
+#: of an instance whose requests are not known here one by one: context of each, and the share of its work that a newcomer waits for
+TYPICAL_CONTEXT_TOKENS: Final = 1000.0
+WAIT_SHARE: Final = 0.01
+#: an idle instance that was faster once is believed to be again: so long after the last sample, halving each so many seconds; after a
+#: trial that showed that it is not, twice as long
+PARDON_AFTER_S: Final = 10.0
+PARDON_HALF_LIFE_S: Final = 5.0
+PARDON_AT_MOST_S: Final = 160.0
+#: slower than its best by this factor: it is to be tried again
+FORMERLY_FASTER: Final = 1.5
+MAX_MODELS: Final = 1024
+MAX_INSTANCES: Final = 16_384
 
 _CHAT: Final = RequestKind.CHAT
 NOT_GENERATIVE: Final = frozenset((RequestKind.EMBEDDING, RequestKind.RERANK, RequestKind.SCORE, RequestKind.ANY))
@@ -47,138 +55,75 @@ _K = TypeVar("_K")
 _V = TypeVar("_V")
 
 
-class Line:
-    """``y = fixed + slope * x``, both at least 0: regression with forgetting, held to the prior's shape where x does not vary.
-
-    Means, variance and covariance are exponentially weighted; the slope is shrunk towards the prior's slope scaled to the level
-    observed (ridge), so that one repeated x moves the level and keeps the form.
-    """
-
-    __slots__ = ("_cov", "_mean_x", "_mean_y", "_prior_fixed", "_prior_slope", "_ridge", "_var", "fixed", "samples", "slope")
-
-    def __init__(self, fixed: float, slope: float, typical_x: float) -> None:
-        self.fixed = self._prior_fixed = fixed
-        self.slope = self._prior_slope = slope
-        self.samples = 0
-        self._mean_x = typical_x
-        self._mean_y = fixed + slope * typical_x
-        self._var = 0.0
-        self._cov = 0.0
-        self._ridge = (0.25 * typical_x) ** 2
-
-    def at(self, x: float) -> float:
-        return self.fixed + self.slope * x
-
-    def observe(self, x: float, y: float) -> None:
-        if not 0.0 <= y < math.inf:
-            return
-        expected = self.fixed + self.slope * x
-        y = min(max(y, expected / OUTLIER_FACTOR), expected * OUTLIER_FACTOR)
-        self.samples += 1
-        weight = 1.0 / min(MEMORY_SAMPLES, PRIOR_WEIGHT + self.samples)
-        dx, dy = x - self._mean_x, y - self._mean_y
-        self._mean_x += weight * dx
-        self._mean_y += weight * dy
-        self._var = (1.0 - weight) * (self._var + weight * dx * dx)
-        self._cov = (1.0 - weight) * (self._cov + weight * dx * dy)
-        self._solve()
-
-    def _solve(self) -> None:
-        level = self._mean_y / (self._prior_fixed + self._prior_slope * self._mean_x)
-        # a few samples, each with its own luck, say little of a slope: the prior's weighs the more the fewer there are
-        ridge = self._ridge * max(1.0, MEMORY_SAMPLES / self.samples)
-        slope = max(0.0, (self._cov + ridge * self._prior_slope * level) / (self._var + ridge))
-        fixed = self._mean_y - slope * self._mean_x
-        if fixed < 0.0:
-            fixed, slope = 0.0, self._mean_y / self._mean_x
-        self.fixed, self.slope = fixed, slope
-
-
 class InstanceModel:
-    """What is believed of one instance."""
+    """What is believed of one instance, and what is in flight there."""
 
-    __slots__ = ("decode", "first_token", "model_name", "next_sample_s", "prefill", "ranks", "samples", "wait_share")
+    __slots__ = ("book", "model_name", "next_sample_s", "ranks", "samples", "steps", "trials")
 
-    def __init__(self, instance: ExecutionInstance) -> None:
-        prior = prior_of(instance)
+    def __init__(self, instance: ExecutionInstance, now_s: float) -> None:
         self.model_name = instance.model_name
         self.ranks = max(1, instance.data_parallel_size)
-        self.prefill = _line(128, 1000.0 * roofline.prefill_s(prior, 128), 2048, 1000.0 * roofline.prefill_s(prior, 2048))
-        self.decode = _line(1, 1000.0 * roofline.decode_step_s(prior, 1, 1000), 64, 1000.0 * roofline.decode_step_s(prior, 64, 64_000))
-        #: milliseconds to the first token, less what the prompt's length explains, over the work in flight at sending
-        self.first_token = Line(self.prefill.fixed, WAIT_SHARE_PRIOR, TYPICAL_BACKLOG_MS)
-        self.wait_share = WAIT_SHARE_PRIOR
+        self.steps = StepModel(prior_of(instance))
+        self.book = InstanceBook(self.steps, self.ranks, now_s)
         #: how many ends taught it something, and from when on the next one does
         self.samples = 0
         self.next_sample_s = 0.0
+        #: requests that were sent there to see whether it is as fast again as it was
+        self.trials = 0
 
 
-def prior_of(instance: ExecutionInstance) -> roofline.EngineProfile:
-    """The catalogue entry that the instance names, else a guess from its model's name and its sizes; with its role's options."""
-    prefilling = instance.prefilling_config
-    found = _named_profile(instance)
-    if found is None:
-        tp, pp = _sizes(instance)
-        found = roofline.guess_profile(
-            instance.model_name, gpu_memory_gb=instance.gpu_memory_gb, tensor_parallel_size=tp, pipeline_parallel_size=pp
-        )
-    if prefilling is not None and prefilling.enable_chunked_prefill and prefilling.max_chunk_size_tokens > 0:
-        found = replace(found, max_num_batched_tokens=prefilling.max_chunk_size_tokens)
-    return found
+class Forecast:
+    """What is expected of a request on one instance. ``ttft_ms`` counts from sending it there and is the sum of the way there, ``wait_ms``
+    and ``prefill_ms``, times ``correction``; ``service_ms`` is what remains of it all without waiting."""
 
+    __slots__ = ("cached_tokens", "correction", "delay_ms", "output_tokens", "prefill_ms", "service_ms", "tpot_ms", "ttft_ms", "wait_ms")
 
-def _named_profile(instance: ExecutionInstance) -> roofline.EngineProfile | None:
-    try:
-        return roofline.profile(instance.profile) if instance.profile else None
-    except InvalidRequest:
-        return None  # registering refuses such a name; set later, or on an instance that is not registered, it says nothing
-
-
-def _sizes(instance: ExecutionInstance) -> tuple[int, int]:
-    """TP and PP: the instance's own; where it tells none, those of its role's options, if it has as many GPUs."""
-    own = instance.tensor_parallel_size, instance.pipeline_parallel_size
-    decodes = instance.instance_type == ExecutionInstanceType.DECODING
-    options = instance.decoding_config if decodes else instance.prefilling_config
-    if own != (1, 1) or options is None:
-        return own
-    told = options.tensor_parallel_size, options.pipeline_parallel_size
-    return told if 1 < told[0] * told[1] <= instance.gpu_count else own
-
-
-def _line(x0: float, y0: float, x1: float, y1: float) -> Line:
-    slope = max(1e-6, (y1 - y0) / (x1 - x0))
-    return Line(max(1e-3, y0 - slope * x0), slope, (x0 + x1) / 4.0)
-
-
-class LengthModel:
-    """Mean and a high quantile of answer lengths in tokens."""
-
-    __slots__ = ("mean", "p90", "samples")
-
-    def __init__(self) -> None:
-        self.mean = OUTPUT_TOKENS_PRIOR
-        self.p90 = 2.0 * OUTPUT_TOKENS_PRIOR
-        self.samples = 0
-
-    def observe(self, tokens: int) -> None:
-        self.samples += 1
-        weight = max(1.0 / self.samples, 0.02)
-        self.mean += weight * (tokens - self.mean)
-        step = max(1.0, 0.5 * self.mean) * max(weight, 0.05)
-        self.p90 = max(self.mean, self.p90 + (0.9 * step if tokens > self.p90 else -0.1 * step))
+    def __init__(
+        self,
+        cached_tokens: int,
+        delay_ms: float,
+        wait_ms: float,
+        prefill_ms: float,
+        correction: float,
+        tpot_ms: float,
+        output_tokens: float,
+    ) -> None:
+        self.cached_tokens = cached_tokens
+        self.delay_ms = delay_ms
+        self.wait_ms = wait_ms
+        self.prefill_ms = prefill_ms
+        self.correction = correction
+        self.ttft_ms = (delay_ms + wait_ms + prefill_ms) * correction
+        self.tpot_ms = tpot_ms
+        self.output_tokens = output_tokens
+        self.service_ms = prefill_ms + output_tokens * tpot_ms
 
 
 class LatencyPredictor:
-    """Satisfies :class:`~control_plane.protocols.Predictor`; learns through the ``observe_*`` methods.
+    """Satisfies :class:`~control_plane.protocols.Predictor`; learns from requests that :meth:`began` and :meth:`ended`.
 
-    An instance is known by its id; when its model's name changes it is taken for a new one.
+    An instance is known by its id; when its model's name changes it is taken for a new one. ``clock``: what silence and forgetting go by;
+    without one time stands still, and only what was learned counts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._clock = clock
         self._instances: dict[str, InstanceModel] = {}
         self._bytes_per_token: dict[str, float] = {}
-        self._lengths: dict[tuple[str, int], LengthModel] = {}
-        self._all_lengths = LengthModel()
+        self._lengths = Lengths()
+        self._hits = HitShares()
+        #: requests sent out, by model
+        self._arrivals: dict[str, Arrivals] = {}
+        self.spending = Spending()
+        #: predicted against observed, by quantity
+        self.calibration: dict[str, Calibration] = calibrations()
+        self._ttft = self.calibration["ttft_ms"]
+        self._tpot = self.calibration["tpot_ms"]
+        self._length = self.calibration["output_tokens"]
+        self._cost = self.calibration["cost_usd"]
+
+    def _now_s(self) -> float:
+        return 0.0 if self._clock is None else self._clock.now_s()
 
     # -- requests ----------------------------------------------------------------------------------------------------------------
 
@@ -197,48 +142,61 @@ class LatencyPredictor:
         return int(size / self._bytes_per_token.get(fields.model_name or "", BYTES_PER_TOKEN_PRIOR)) + 1
 
     def output_tokens(self, request: RequestMetadata) -> int:
-        """Expected answer tokens, at most ``max_tokens``; 0 for kinds that generate nothing."""
+        """Expected (mean) answer tokens, at most ``max_tokens``; 0 for kinds that generate nothing."""
+        found = self._length_class(request)
+        if found is None:
+            return 0
+        limit: int | None = request.max_tokens
+        expected = int(found.mean + 0.5) or 1
+        return expected if limit is None or expected < limit else limit
+
+    def output_tokens_p50(self, request: RequestMetadata) -> int:
+        """The length that half of such answers stay below: who is short."""
+        found = self._length_class(request)
+        return 0 if found is None else _within(found.p50, request.max_tokens)
+
+    def output_tokens_p90(self, request: RequestMetadata) -> int:
+        """The length that nine of ten such answers stay below, at most ``max_tokens``: how much memory to expect."""
+        found = self._length_class(request)
+        return 0 if found is None else _within(found.p90, request.max_tokens)
+
+    def remaining_tokens(self, request: RequestMetadata, streamed_tokens: int, q: float = 0.5) -> int:
+        """The ``q``-quantile of the tokens still to come of an answer that has ``streamed_tokens`` already."""
+        found = self._length_class(request)
+        if found is None:
+            return 0
+        limit: int | None = request.max_tokens
+        left = None if limit is None else max(0, limit - streamed_tokens)
+        return _within(remaining(found, streamed_tokens, q), left)
+
+    def _length_class(self, request: RequestMetadata) -> LengthClass | None:
         fields: RequestFields = request
         kind = fields.kind
         if (kind is None and fields.input is not None) or (kind is not _CHAT and kind in NOT_GENERATIVE):
-            return 0
-        limit: int | None = fields.max_tokens
-        expected = int(self._length_model(fields.model_name or "", limit).mean + 0.5) or 1
-        return expected if limit is None or expected < limit else limit
-
-    def output_tokens_p90(self, request: RequestMetadata) -> int:
-        """The length that nine of ten such answers stay below, at most ``max_tokens``."""
-        if self.output_tokens(request) == 0:
-            return 0
-        limit = request.max_tokens
-        expected = max(1, round(self._length_model(request.model_name or "", limit).p90))
-        return expected if limit is None else min(limit, expected)
-
-    def _length_model(self, model: str, limit: int | None) -> LengthModel:
-        """The finest class with enough samples: (model, size of max_tokens), the model, everything."""
-        lengths = self._lengths
-        found = lengths.get((model, limit.bit_length() if limit is not None else 0))
-        if found is not None and found.samples >= LENGTH_SAMPLES:
-            return found
-        found = lengths.get((model, -1))
-        return found if found is not None and found.samples >= LENGTH_SAMPLES else self._all_lengths
+            return None
+        return self._lengths.of(fields.model_name or "", fields.tenant, self.input_tokens(request), fields.max_tokens)
 
     # -- instances ---------------------------------------------------------------------------------------------------------------
 
     def _model(self, instance: LiveState) -> InstanceModel:
         found = self._instances.get(instance.instance_id)
         if found is None or found.model_name != instance.model_name:
-            found = _insert(self._instances, instance.instance_id, InstanceModel(cast(ExecutionInstance, instance)), MAX_INSTANCES)
+            made = InstanceModel(cast(ExecutionInstance, instance), self._now_s())
+            found = _insert(self._instances, instance.instance_id, made, MAX_INSTANCES)
         return found
 
     def prefill_ms(self, instance: ExecutionInstance, tokens: int) -> float:
-        line = self._model(instance).prefill
-        return line.fixed + line.slope * tokens
+        model = self._model(instance)
+        own_ms = model.steps.prefill_ms(float(tokens), 0.5 * tokens * tokens, 1.0, 0.0, 0.0)
+        return own_ms * self._believed(model, self._now_s())
 
     def tpot_ms(self, instance: ExecutionInstance) -> float:
         """Milliseconds per further output token with one request more than are in flight there now."""
         model = self._model(instance)
-        return model.decode.fixed + model.decode.slope * (instance.active_requests + 1) / model.ranks
+        now_s = self._now_s()
+        raw_ms = self._raw_tpot_ms(model, instance, TYPICAL_CONTEXT_TOKENS, 0.0, 0.0, 0.0, 0.0, 1.0, now_s)
+        tpot_ms = raw_ms * model.book.tpot_ratio.value
+        return tpot_ms * self._believed(model, now_s)
 
     def marginal_tpot_ms(self, instance: ExecutionInstance) -> float:
         """Milliseconds by which one request more lengthens every decode step there."""
@@ -246,21 +204,27 @@ class LatencyPredictor:
         return model.decode.slope / model.ranks
 
     def wait_ms(self, instance: LiveState) -> float:
-        """Until a newcomer's first token can start: the learned share of the work in flight there that it waits for."""
+        """Until the step in which a newcomer's prompt is computed can begin."""
         model = self._model(instance)
-        outstanding_ms: float = instance.outstanding_ms
-        return outstanding_ms * model.wait_share / model.ranks
+        book = model.book
+        if book.in_flight <= 0.0:
+            outstanding_ms: float = instance.outstanding_ms
+            return outstanding_ms * WAIT_SHARE / model.ranks
+        now_s = self._now_s()
+        return book.wait_ms(now_s, model.steps.x6) * book.ttft_ratio.value * self._believed(model, now_s)
 
     def service_ms(self, request: RequestMetadata, instance: ExecutionInstance) -> float:
-        model = self._model(instance)
-        prefill, decode = model.prefill, model.decode
-        tpot_ms = decode.fixed + decode.slope * (instance.active_requests + 1) / model.ranks
-        return prefill.fixed + prefill.slope * self.input_tokens(request) + self.output_tokens(request) * tpot_ms
+        return self.services_ms(request, (instance,))[0]
 
     def services_ms(self, request: RequestMetadata, instances: Sequence[ExecutionInstance]) -> list[float]:
-        """:meth:`service_ms` on each of them; the request's own figures are looked up once."""
+        """Prefill and decode on each of them, without waiting and with nothing cached; the request's own figures are looked up once."""
         inputs = float(self.input_tokens(request))
-        outputs = float(self.output_tokens(request))
+        lengths = self._length_class(request)
+        outputs = 0.0 if lengths is None else float(_within(lengths.mean, request.max_tokens))
+        inverse = 0.0 if lengths is None else lengths.mean_inverse
+        pairs = 0.5 * inputs * inputs
+        now_s = self._now_s()
+        burst = self._burst(request, now_s)
         known = self._instances
         found: list[float] = []
         for instance in instances:
@@ -268,24 +232,228 @@ class LatencyPredictor:
             model = known.get(live.instance_id)
             if model is None or (model.model_name is not live.model_name and model.model_name != live.model_name):
                 model = self._model(live)
-            prefill, decode = model.prefill, model.decode
-            in_flight: float = live.active_requests
-            tpot_ms = decode.fixed + decode.slope * (in_flight + 1.0) / model.ranks
-            found.append(prefill.fixed + prefill.slope * inputs + outputs * tpot_ms)
+            service_ms = model.steps.prefill_ms(inputs, pairs, 1.0, 0.0, 0.0)
+            if outputs > 0.0:
+                tpot_ms = self._raw_tpot_ms(model, live, inputs, outputs, inverse, service_ms, service_ms, burst, now_s)
+                service_ms += outputs * tpot_ms * model.book.tpot_ratio.value
+            found.append(service_ms * self._believed(model, now_s))
         return found
+
+    def forecast(self, request: RequestMetadata, instance: ExecutionInstance, cached_tokens: int = 0) -> Forecast:
+        """What to expect of the request if it is sent there now; ``cached_tokens``: of its prompt, as the prefix index says."""
+        inputs = self.input_tokens(request)
+        cached = self._hits.expected(request.model_name or "", inputs, cached_tokens)
+        model = self._model(instance)
+        now_s = self._now_s()
+        lengths = self._length_class(request)
+        burst = self._burst(request, now_s)
+        return self._forecast(model, instance, inputs, cached, lengths, request.max_tokens, burst, now_s, self._believed(model, now_s))
+
+    def forecasts(self, request: RequestMetadata, instances: Sequence[ExecutionInstance], cached_tokens: Sequence[int]) -> list[Forecast]:
+        """:meth:`forecast` for each of them, with what the prefix index says of each."""
+        inputs = self.input_tokens(request)
+        lengths = self._length_class(request)
+        limit: int | None = request.max_tokens
+        name: str = request.model_name or ""
+        now_s = self._now_s()
+        burst = self._burst(request, now_s)
+        found: list[Forecast] = []
+        for at, instance in enumerate(instances):
+            model = self._model(instance)
+            cached = self._hits.expected(name, inputs, cached_tokens[at])
+            found.append(self._forecast(model, instance, inputs, cached, lengths, limit, burst, now_s, self._believed(model, now_s)))
+        return found
+
+    def _forecast(
+        self, model: InstanceModel, live: LiveState, inputs: int, cached: int, lengths: LengthClass | None, limit: int | None,
+        burst: float, now_s: float, believed: float,
+    ) -> Forecast:  # fmt: skip
+        steps, book = model.steps, model.book
+        uncached = float(max(1, inputs - cached))
+        pairs = uncached * (cached + 0.5 * uncached)
+        wait_ms = book.wait_ms(now_s, steps.x6) * believed
+        own_ms = book.own_ms(uncached, pairs, now_s, steps.x6) * believed
+        outputs = 0.0 if lengths is None else float(_within(lengths.mean, limit))
+        inverse = 0.0 if lengths is None else lengths.mean_inverse
+        tpot_ms = self._raw_tpot_ms(model, live, float(inputs), outputs, inverse, wait_ms + own_ms, own_ms, burst, now_s)
+        tpot_ms *= believed * book.tpot_ratio.value
+        return Forecast(cached, steps.x6, wait_ms, own_ms, book.ttft_ratio.value, tpot_ms, outputs)
+
+    def _burst(self, request: RequestMetadata, now_s: float) -> float:
+        """How many times more requests than usual have come for its model in the last seconds."""
+        found = self._arrivals.get(request.model_name or "")
+        return 1.0 if found is None else found.burst(now_s)
+
+    def delay_ms(self, instance: ExecutionInstance, uncached_tokens: int) -> float:
+        """What a prompt with so many uncached tokens delays all that decode there now, added up: its steps less theirs, for each."""
+        model = self._model(instance)
+        book, steps = model.book, model.steps
+        in_flight: float = instance.active_requests
+        batch = max(book.in_flight, in_flight) / model.ranks
+        if batch <= 0.0:
+            return 0.0
+        kv_tokens = book.context_tokens / model.ranks if book.in_flight else batch * TYPICAL_CONTEXT_TOKENS
+        uncached = float(uncached_tokens)
+        with_it_ms = steps.prefill_ms(uncached, 0.5 * uncached * uncached, 1.0, batch, kv_tokens)
+        return batch * max(0.0, with_it_ms - steps.steps_of(uncached, batch) * steps.decode_ms(batch, kv_tokens))
+
+    def _raw_tpot_ms(
+        self, model: InstanceModel, live: LiveState, inputs: float, outputs: float, inverse: float, first_ms: float, own_ms: float,
+        burst: float, now_s: float,
+    ) -> float:  # fmt: skip
+        book = model.book
+        if book.known:
+            return book.tpot_ms(inputs, outputs, inverse, first_ms, own_ms, burst, now_s)
+        # nothing was sent there through us: as many as its owner says are decoding
+        in_flight: float = live.active_requests
+        others = in_flight / model.ranks
+        return model.steps.decode_ms(others + 1.0, others * TYPICAL_CONTEXT_TOKENS + inputs + 0.5 * outputs)
+
+    def _believed(self, model: InstanceModel, now_s: float) -> float:
+        """By what to multiply what was learned: more than 1 where silence says that it is slower now, less where it was faster once and
+        has not been asked for a while."""
+        book = model.book
+        if book.in_flight > 0.0:
+            return book.slower(now_s)
+        steps = model.steps
+        ratio = steps.best_reference_ms / steps.reference_ms
+        if ratio * FORMERLY_FASTER >= 1.0:
+            return 1.0
+        grace_s = min(PARDON_AT_MOST_S, PARDON_AFTER_S * float(1 << min(4, model.trials)))
+        idle_s = now_s - book.sampled_s - grace_s
+        return 1.0 if idle_s <= 0.0 else max(ratio, math.pow(0.5, idle_s / PARDON_HALF_LIFE_S))
+
+    # -- dollars -----------------------------------------------------------------------------------------------------------------
 
     def work_ms(self, request: RequestMetadata, instance: ExecutionInstance) -> float:
         """The instance's own time that the request takes up when a batch of NOMINAL_BATCH shares each decode step."""
-        model = self._model(instance)
-        per_token_ms = model.decode.at(NOMINAL_BATCH) / NOMINAL_BATCH
-        return (model.prefill.at(self.input_tokens(request)) + self.output_tokens(request) * per_token_ms) / model.ranks
+        return self._work_ms(self._model(instance), float(self.input_tokens(request)), float(self.output_tokens(request)))
+
+    def _work_ms(self, model: InstanceModel, inputs: float, outputs: float) -> float:
+        steps = model.steps
+        per_token_ms = steps.decode_ms(NOMINAL_BATCH, NOMINAL_BATCH * (inputs + 0.5 * outputs)) / NOMINAL_BATCH
+        return (steps.prefill_ms(inputs, 0.5 * inputs * inputs, 1.0, 0.0, 0.0) + outputs * per_token_ms) / model.ranks
 
     def cost_usd(self, request: RequestMetadata, instance: ExecutionInstance) -> float:
-        """GPU hours taken up (:meth:`work_ms`) times the instance's price per hour."""
+        """GPU hours taken up (:meth:`work_ms`) times the instance's price per hour, times what requests of this tenant and model have
+        cost beside that lately (caches, batches, lengths)."""
         price = instance.price_per_hour_usd
-        return price * self.work_ms(request, instance) / MS_PER_HOUR if price else 0.0
+        if not price:
+            return 0.0
+        fields: RequestFields = request
+        return self._plain_usd(request, instance, price) * self.spending.ratio(fields.tenant, fields.model_name or "")
 
-    # -- learning ----------------------------------------------------------------------------------------------------------------
+    def _plain_usd(self, request: RequestMetadata, instance: ExecutionInstance, price_per_hour_usd: float) -> float:
+        return price_per_hour_usd * self.work_ms(request, instance) / MS_PER_HOUR
+
+    # -- what happens, and learning from it --------------------------------------------------------------------------------------
+
+    def began(
+        self, request: RequestMetadata, instance: ExecutionInstance, now_s: float, *, streamed: bool, index_tokens: int = 0
+    ) -> Flight:
+        """A request is sent there now. To be followed by ``tokens`` and ``leave`` of the flight's book. ``index_tokens``: cached as the
+        prefix index says."""
+        fields: RequestFields = request
+        model = self._model(instance)
+        book, steps = model.book, model.steps
+        inputs = self.input_tokens(request)
+        name: str = fields.model_name or ""
+        cached = self._hits.expected(name, inputs, index_tokens)
+        flight = Flight(book, now_s, inputs, index_tokens, cached)
+        believed = self._believed(model, now_s)
+        if believed < 1.0:
+            model.trials += 1
+            book.sampled_s = now_s
+        lengths = self._length_class(request)
+        if lengths is not None:
+            limit: int | None = fields.max_tokens
+            flight.predicted_tokens = float(_within(lengths.mean, limit))
+            flight.length_p50 = float(_within(lengths.p50, limit))
+            flight.length_p90 = float(_within(lengths.p90, limit))
+        burst = self._burst(request, now_s)
+        told = self._forecast(model, instance, inputs, cached, lengths, fields.max_tokens, burst, now_s, believed)
+        flight.raw_ttft_ms = told.delay_ms + told.wait_ms + told.prefill_ms
+        flight.predicted_ttft_ms = told.ttft_ms
+        flight.raw_tpot_ms = told.tpot_ms / book.tpot_ratio.value
+        flight.predicted_tpot_ms = told.tpot_ms
+        book.send(flight, streamed=streamed, delay_ms=steps.x6)
+        arrivals = self._arrivals.get(name)
+        if arrivals is None:
+            arrivals = _insert(self._arrivals, name, Arrivals(now_s), MAX_MODELS)
+        arrivals.add(now_s)
+        return flight
+
+    def ended(
+        self, flight: Flight, request: RequestMetadata, instance: ExecutionInstance, usage: Usage, last_s: float, now_s: float
+    ) -> float:
+        """A flight that has left ended well, with its last token at ``last_s``: learn from it. Returns what it cost, US dollars."""
+        model = self._model(instance)
+        if model.book is not flight.book:
+            return 0.0  # its server has restarted meanwhile: what was true of it is forgotten
+        fields: RequestFields = request
+        name: str = fields.model_name or ""
+        prompt = usage.prompt_tokens if usage.exact else flight.prompt_tokens
+        told_cached: int | None = usage.cached_tokens if usage.exact else None
+        cached = flight.cached_tokens if told_cached is None else min(told_cached, prompt)
+        uncached = float(max(1, prompt - cached))
+        pairs = uncached * (cached + 0.5 * uncached)
+        own_ms = model.steps.prefill_ms(uncached, pairs, 1.0, flight.batch, flight.kv_tokens)
+        if flight.batch > 0.0:
+            own_ms = max(0.0, own_ms - model.steps.decode_ms(flight.batch, flight.kv_tokens))
+        price: float = instance.price_per_hour_usd
+        actual_usd = price * (own_ms + flight.share_ms) / model.ranks / MS_PER_HOUR
+        if not self.wants_sample(instance, now_s):
+            return actual_usd
+        if usage.exact:
+            self.observe_bytes_per_token(name, request.prompt_bytes, prompt)
+            if told_cached is not None:
+                self._hits.observe(name, prompt, flight.index_tokens, cached)
+            if usage.completion_tokens:
+                if flight.length_p50 > 0.0:
+                    self._length.observe(flight.length_p50, flight.length_p90, float(usage.completion_tokens))
+                self._lengths.observe(name, fields.tenant, flight.prompt_tokens, fields.max_tokens, usage.completion_tokens)
+        if flight.first_s > 0.0:
+            self._learn_first_token(model, flight, uncached, pairs, cached)
+            self._learn_decode(model, flight, usage.completion_tokens, last_s)
+        if price:
+            plain_usd = price * self._work_ms(model, float(flight.prompt_tokens), flight.predicted_tokens) / MS_PER_HOUR
+            predicted_usd = plain_usd * self.spending.ratio(fields.tenant, name)
+            self._cost.observe(predicted_usd, self._cost.high(predicted_usd), actual_usd)
+            self.spending.settle(fields.tenant, name, plain_usd, predicted_usd, actual_usd)
+        return actual_usd
+
+    def _learn_first_token(self, model: InstanceModel, flight: Flight, uncached: float, pairs: float, cached: int) -> None:
+        steps, book = model.steps, model.book
+        ttft_ms = 1000.0 * (flight.first_s - flight.sent_s)
+        if flight.predicted_ttft_ms > 0.0:
+            self._ttft.observe(flight.predicted_ttft_ms, self._ttft.high(flight.predicted_ttft_ms), ttft_ms)
+        if book.compares(flight) and abs(cached - flight.cached_tokens) <= 32 + 0.02 * flight.prompt_tokens:
+            book.ttft_ratio.observe(flight.raw_ttft_ms, ttft_ms)
+        parts = [0.0] * SIZE
+        steps.add_prefill(parts, uncached, 1.0, flight.batch)
+        steps.add_rest(parts, flight.kv_tokens, pairs, flight.batch)
+        step_ms = 1000.0 * (flight.first_s - flight.step_s)
+        if flight.step_s > 0.0 and step_ms > 0.5:
+            steps.learn(step_ms, parts)
+        elif flight.exclusive:
+            spread_ms = 0.0
+            parts[SIZE - 1] = 1.0
+            if flight.waits_step:  # it came somewhere in a step: half of it on average, evenly spread
+                steps.add_step(parts, 0.5, 0.0, flight.batch, 0.0)
+                steps.add_rest(parts, 0.5 * flight.kv_tokens, 0.0, 0.5 * flight.batch)
+                spread_ms = 0.29 * steps.decode_ms(flight.batch, flight.kv_tokens)
+            steps.learn(ttft_ms, parts, spread_ms)
+
+    def _learn_decode(self, model: InstanceModel, flight: Flight, output_tokens: int, last_s: float) -> None:
+        if output_tokens < 2 or last_s <= flight.first_s:
+            return
+        tpot_ms = 1000.0 * (last_s - flight.first_s) / (output_tokens - 1)
+        if flight.predicted_tpot_ms > 0.0:
+            self._tpot.observe(flight.predicted_tpot_ms, self._tpot.high(flight.predicted_tpot_ms), tpot_ms)
+        if model.book.compares(flight):
+            model.book.tpot_ratio.observe(flight.raw_tpot_ms, tpot_ms)
+        if model.trials and model.steps.reference_ms < FORMERLY_FASTER * model.steps.best_reference_ms:
+            model.trials = 0
 
     def wants_sample(self, instance: LiveState, now_s: float) -> bool:
         """Whether a request that ended well there now is to be learned from; counts it as one that is."""
@@ -296,35 +464,9 @@ class LatencyPredictor:
         model.next_sample_s = now_s + SAMPLE_INTERVAL_S
         return True
 
-    def observe_first_token(self, instance: ExecutionInstance, uncached_tokens: int, ms: float, backlog_ms: float = 0.0) -> None:
-        """A first token came ``ms`` after sending; ``backlog_ms`` was ``outstanding_ms`` there at that moment (before its own)."""
-        model = self._model(instance)
-        backlog_ms /= model.ranks
-        if backlog_ms > 0.0:
-            model.first_token.observe(backlog_ms, max(0.0, ms - model.prefill.slope * uncached_tokens))
-            model.wait_share = min(1.0, model.first_token.slope)
-        waited_ms = model.wait_share * backlog_ms
-        # where waiting drowns it, what is left over says nothing of the prefill
-        if waited_ms <= DROWNED * model.prefill.at(uncached_tokens):
-            model.prefill.observe(uncached_tokens, max(0.0, ms - waited_ms))
-
-    def observe_decode(self, instance: ExecutionInstance, tokens: int, ms: float, batch: float | None = None) -> None:
-        """``tokens`` further tokens took ``ms``; ``batch``: requests in flight there meanwhile (None: as many as now)."""
-        if tokens < 1:
-            return
-        model = self._model(instance)
-        in_flight = max(1.0, batch if batch is not None else float(instance.active_requests))
-        model.decode.observe(in_flight / model.ranks, ms / tokens)
-
     def observe_length(self, model: str, request: RequestMetadata, output_tokens: int) -> None:
         """An answer ended by itself or at ``max_tokens``; broken and cancelled ones tell nothing and are not to be given here."""
-        limit = request.max_tokens
-        self._all_lengths.observe(output_tokens)
-        for key in ((model, limit.bit_length() if limit is not None else 0), (model, -1)):
-            found = self._lengths.get(key)
-            if found is None:
-                found = _insert(self._lengths, key, LengthModel(), 16 * MAX_MODELS)
-            found.observe(output_tokens)
+        self._lengths.observe(model, request.tenant, self.input_tokens(request), request.max_tokens, output_tokens)
 
     def observe_bytes_per_token(self, model: str, prompt_bytes: int, tokens: int) -> None:
         """A prompt of that many bytes had ``tokens`` tokens as the engine counted."""
@@ -337,6 +479,11 @@ class LatencyPredictor:
     def forget(self, instance_id: str) -> None:
         """Drop what was learned of an instance: it left, or came back as something else."""
         self._instances.pop(instance_id, None)
+
+
+def _within(tokens: float, limit: int | None) -> int:
+    found = int(tokens + 0.5) or 1
+    return found if limit is None or found < limit else limit
 
 
 def _insert(table: dict[_K, _V], key: _K, value: _V, limit: int) -> _V:

@@ -50,6 +50,7 @@ class ModelCell:
         "output_tokens",
         "pending",
         "priority",
+        "spent_usd",
     )
 
     def __init__(self, model: str, priority: RequestPriority) -> None:
@@ -59,7 +60,8 @@ class ModelCell:
         self.input_tokens = self.output_tokens = self.cached_tokens = 0
         #: ended requests with a target; those of them that met all of theirs
         self.judged = self.met = 0
-        self.cost_usd = 0.0
+        #: predicted, and by the share of their instances' time
+        self.cost_usd = self.spent_usd = 0.0
         self.pending: tuple[list[float], ...] = tuple([] for _ in SERIES)
         self.histograms = tuple(Histogram(bounds) for bounds in BUCKETS)
 
@@ -230,6 +232,8 @@ class MetricsRecorder:
         if job.cost_usd:
             cell.cost_usd += job.cost_usd
             self.cost_usd += job.cost_usd
+        if job.spent_usd:
+            cell.spent_usd += job.spent_usd
 
     def _keep_times(self, job: Job, cell: ModelCell) -> None:
         arrival_s = job.arrival_s

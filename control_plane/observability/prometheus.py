@@ -20,6 +20,8 @@ from control_plane.clock import Clock
 from control_plane.observability.events import EventLog
 from control_plane.observability.loop_lag import LoopLag
 from control_plane.observability.metrics import MAX_INSTANCE_CELLS, MetricsRecorder, ModelCell
+from control_plane.observability.prediction_series import prediction_series
+from control_plane.predicting.calibration import Calibration
 from control_plane.types import ExecutionInstance
 
 #: a scrape within this many seconds of the last one is answered with the same text
@@ -44,6 +46,7 @@ class Readings(NamedTuple):
     running_requests: int
     scheduling_policy: str
     routing_strategy: str
+    calibration: Mapping[str, Calibration] = {}
 
 
 class PrometheusExporter(Collector):
@@ -92,6 +95,7 @@ class PrometheusExporter(Collector):
         yield from _histograms(cells)
         yield from self._by_code()
         yield from _now(readings)
+        yield from prediction_series(readings.calibration)
         yield from self._by_instance(list(islice(readings.instances, MAX_INSTANCE_CELLS)))
         if self._loop_lag is not None:
             yield _gauge("loop_lag_seconds", "Worst lateness of a timer since the last scrape.", self._loop_lag.take_max_s())
@@ -148,6 +152,7 @@ MODEL_COUNTERS = (
     ("cached_input_tokens", "Prompt tokens that engines took from their prefix cache.", "cached_tokens"),
     ("output_tokens", "Tokens made for completed requests.", "output_tokens"),
     ("cost_usd", "Predicted cost of completed requests.", "cost_usd"),
+    ("actual_cost_usd", "What they did cost, by the share of their instances' time.", "spent_usd"),
     ("slo_judged_requests", "Ended requests that had asked for a target.", "judged"),
     ("slo_met_requests", "Ended requests that got all they asked for.", "met"),
 )

@@ -15,7 +15,7 @@ from control_plane.catalogue import GPUS, MODELS
 from control_plane.engines.model import EngineModel, ModelSequence
 from control_plane.errors import InvalidRequest
 from control_plane.fitted_step import FittedStep, Sample, StepShape, fit, non_negative_least_squares
-from control_plane.prediction import prior_of
+from control_plane.predicting.priors import prior_of
 from control_plane.profile_file import ProfileFile, load
 from control_plane.roofline import EngineProfile, decode_step_s, prefill_s, profile, step_s
 from control_plane.sim_engine.engine import SimEngine

@@ -1,0 +1,528 @@
+"""What is in flight on one engine as far as we know first hand, and what its steps have been doing: the input of every prediction.
+
+A request waits for its prompt's steps, then decodes. An engine computes the prompts that have come by a step's beginning together, so
+those in flight are either in the step under way or in the next one: when a first token comes, a step has ended, and whoever waits then is
+in the one that begins. Sums over time (batch, context) and over steps with prompts (the parts of StepModel) are kept running, so that what
+happened during any one answer is a difference of two readings. O(1) an event; no list is walked.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from control_plane.predicting.arrivals import Arrivals
+from control_plane.predicting.step_model import SIZE, StepModel
+
+#: first tokens of one step come within this, seconds
+SAME_STEP_S: Final = 0.0005
+#: batch and share of time that are reckoned with at most
+MOST_BATCH: Final = 512.0
+MOST_EXCESS: Final = 0.9
+#: bursts last so long on average, seconds
+BURST_S: Final = 5.0
+#: a sample of decode needs so many tokens; a stream is told of its tokens 32 at a time
+SAMPLE_TOKENS: Final = 48
+#: of an engine one is taken in so many seconds, once it has had so many
+SAMPLE_INTERVAL_S: Final = 0.25
+LEARN_ALL_SAMPLES: Final = 256
+#: tokens after which an engine's streams tell of themselves at the latest
+TOLD_TOKENS: Final = 32.0
+#: no news for this many times what is expected, and this long, means that the engine is that much slower
+PATIENCE: Final = 2.0
+PATIENCE_MS: Final = 100.0
+MOST_SLOWER: Final = 100.0
+
+
+class Flight:
+    """One request on one engine. ``*_s`` are monotonic seconds."""
+
+    __slots__ = (
+        "batch",
+        "book",
+        "cached_tokens",
+        "context_tokens",
+        "era",
+        "exclusive",
+        "first_s",
+        "group",
+        "index_tokens",
+        "kv_tokens",
+        "length_p50",
+        "length_p90",
+        "own_ms",
+        "pairs",
+        "predicted_tokens",
+        "predicted_tpot_ms",
+        "predicted_ttft_ms",
+        "predicted_usd",
+        "prompt_tokens",
+        "raw_tpot_ms",
+        "raw_ttft_ms",
+        "sent_s",
+        "share_ms",
+        "state",
+        "step_s",
+        "told",
+        "uncached_tokens",
+        "waits_step",
+        "window_batch_s",
+        "window_context_s",
+        "window_excess_ms",
+        "window_mixed",
+        "window_parts",
+        "window_s",
+        "window_tokens",
+    )
+
+    def __init__(self, book: InstanceBook, sent_s: float, prompt_tokens: int, index_tokens: int, cached_tokens: int) -> None:
+        self.book = book
+        self.sent_s = sent_s
+        self.prompt_tokens = prompt_tokens
+        #: cached as the prefix index says, and as expected
+        self.index_tokens = index_tokens
+        self.cached_tokens = cached_tokens
+        self.uncached_tokens = float(max(1, prompt_tokens - cached_tokens))
+        self.pairs = self.uncached_tokens * (cached_tokens + 0.5 * self.uncached_tokens)
+        self.context_tokens = 0.0
+        #: 0: its prompt waits or is computed, 1: it decodes, 2: it has left
+        self.state = 0
+        #: of the engine's model when it was sent
+        self.era = book.steps.era
+        self.told = 0
+        self.first_s = 0.0
+        #: it came while nobody waited; nobody came after it either
+        self.exclusive = False
+        #: a decode step was under way when it came
+        self.waits_step = False
+        #: when the step began in which its prompt was computed alone; 0.0: not so
+        self.step_s = 0.0
+        #: decoding beside its prompt, and their context
+        self.batch = 0.0
+        self.kv_tokens = 0.0
+        self.group = 0
+        # the readings when its present window began
+        self.window_s = self.window_batch_s = self.window_context_s = self.window_mixed = self.window_excess_ms = 0.0
+        self.window_parts: list[float] = []
+        self.window_tokens = 0
+        #: engine milliseconds that it took up in decode, and those of its prompt
+        self.share_ms = 0.0
+        self.own_ms = 0.0
+        # what was predicted when it was sent; ``raw_*`` without the correction by what came of earlier ones
+        self.raw_ttft_ms = self.raw_tpot_ms = self.predicted_ttft_ms = self.predicted_tpot_ms = 0.0
+        self.predicted_tokens = self.length_p50 = self.length_p90 = self.predicted_usd = 0.0
+
+
+class InstanceBook:
+    """One engine. A data-parallel server's ranks work side by side: ``ranks`` of them share what is in flight evenly."""
+
+    __slots__ = (
+        "_batch_s",
+        "_context_s",
+        "_excess",
+        "_excess_ms",
+        "_group",
+        "_group_batch",
+        "_group_flights",
+        "_group_pairs",
+        "_group_prompts",
+        "_group_s",
+        "_group_tokens",
+        "_group_uncommitted",
+        "_heard_s",
+        "_mixed",
+        "_now_s",
+        "_parts",
+        "_ratio_era",
+        "arrivals",
+        "context_tokens",
+        "current_pairs",
+        "current_prompts",
+        "current_s",
+        "current_tokens",
+        "decoding",
+        "in_flight",
+        "known",
+        "late_pairs",
+        "late_prompts",
+        "late_tokens",
+        "next_sample_s",
+        "ranks",
+        "sampled_s",
+        "steps",
+        "tokens_due",
+        "tpot_ratio",
+        "ttft_ratio",
+    )
+
+    def __init__(self, steps: StepModel, ranks: int, now_s: float) -> None:
+        self.steps = steps
+        self.ranks = float(ranks)
+        #: something has been sent there through us
+        self.known = False
+        self.in_flight = 0.0
+        self.decoding = 0.0
+        #: of those that decode
+        self.context_tokens = 0.0
+        #: prompts in the step under way, and those that came after it began
+        self.current_tokens = self.current_pairs = self.current_prompts = 0.0
+        self.late_tokens = self.late_pairs = self.late_prompts = 0.0
+        #: when the step under way began
+        self.current_s = now_s
+        self.next_sample_s = 0.0
+        #: when its last sample was taken
+        self.sampled_s = now_s
+        self.ttft_ratio = Ratio()
+        self.tpot_ratio = Ratio()
+        self._ratio_era = steps.era
+        self._now_s = now_s
+        self._heard_s = now_s
+        self._batch_s = self._context_s = 0.0
+        self._mixed = self._excess_ms = 0.0
+        self._parts = [0.0] * SIZE
+        #: milliseconds by which prompts made steps longer, or would have
+        self._excess = Arrivals(now_s)
+        #: requests, and their expected tokens
+        self.arrivals = Arrivals(now_s)
+        self.tokens_due = Arrivals(now_s)
+        self._group = 0
+        self._group_s = -1.0
+        self._group_batch = self._group_tokens = self._group_pairs = self._group_prompts = 0.0
+        self._group_uncommitted = False
+        self._group_flights: list[Flight] = []
+
+    # ---- what happens
+
+    def send(self, flight: Flight, *, streamed: bool, delay_ms: float) -> None:
+        """A request goes there now. ``streamed``: its first token will show."""
+        now_s = flight.sent_s
+        self._advance(now_s)
+        if self.in_flight == 0.0:
+            self._heard_s = now_s
+        flight.batch = self.decoding / self.ranks
+        flight.kv_tokens = self.context_tokens / self.ranks
+        flight.waits_step = self.decoding > 0.0
+        self.in_flight += 1.0
+        self.known = True
+        self.arrivals.add(now_s)
+        self.tokens_due.add(now_s, flight.predicted_tokens)
+        if not streamed:
+            # nothing shows when its prompt is done: it counts as decoding from the start
+            self._prompt_done(flight, now_s)
+            flight.first_s = 0.0
+            return
+        waiting = self.current_prompts + self.late_prompts
+        if waiting == 0.0:
+            flight.exclusive = True
+            step_ms = self.steps.decode_ms(flight.batch, flight.kv_tokens) if flight.waits_step else 0.0
+            self.current_s = now_s + 0.001 * (delay_ms + 0.5 * step_ms)
+        if now_s + 0.001 * delay_ms <= self.current_s or waiting == 0.0:
+            self.current_tokens += flight.uncached_tokens
+            self.current_pairs += flight.pairs
+            self.current_prompts += 1.0
+        else:
+            self.late_tokens += flight.uncached_tokens
+            self.late_pairs += flight.pairs
+            self.late_prompts += 1.0
+
+    def tokens(self, flight: Flight, count: int, first_s: float, last_s: float) -> None:
+        """It got ``count`` more tokens."""
+        if flight.state == 2:
+            return
+        if flight.state == 0:
+            flight.first_s = first_s
+            self._first(flight, first_s)
+            flight.told = 1
+            count -= 1
+            if count <= 0:
+                return
+        if last_s > self._heard_s:
+            self._heard_s = last_s
+        self._advance(last_s)
+        flight.told += count
+        flight.context_tokens += count
+        self.context_tokens += count
+        if flight.first_s > 0.0 and flight.told - flight.window_tokens >= SAMPLE_TOKENS and self._wants_sample(last_s):
+            self._sample(flight, last_s)
+
+    def leave(self, flight: Flight, now_s: float, *, well: bool) -> None:
+        """It has ended, ``well`` or not."""
+        if flight.state == 2:
+            return
+        self._advance(now_s)
+        self.in_flight = max(0.0, self.in_flight - 1.0)
+        if flight.state == 1:
+            if well and flight.first_s > 0.0 and flight.told - flight.window_tokens >= 8 and self._wants_sample(now_s):
+                self._sample(flight, now_s)
+            else:
+                self._take_share(flight)
+            self.decoding = max(0.0, self.decoding - 1.0)
+            self.context_tokens = max(0.0, self.context_tokens - flight.context_tokens) if self.decoding else 0.0
+        else:
+            self._no_longer_waits(flight)
+        flight.state = 2
+        if self.in_flight == 0.0:
+            self.current_tokens = self.current_pairs = self.current_prompts = 0.0
+            self.late_tokens = self.late_pairs = self.late_prompts = 0.0
+
+    def compares(self, flight: Flight) -> bool:
+        """Whether what was predicted of a flight says something of the present model; after a step change the ratios begin anew."""
+        era = self.steps.era
+        if self._ratio_era != era:
+            self._ratio_era = era
+            self.ttft_ratio.forget()
+            self.tpot_ratio.forget()
+        return flight.era == era
+
+    # ---- what is to be expected
+
+    def slower(self, now_s: float) -> float:
+        """How many times slower than believed it must be, since nothing has been heard for so long; 1.0: nothing says so."""
+        if self.in_flight == 0.0:
+            return 1.0
+        found = 1.0
+        steps = self.steps
+        if self.decoding > 0.0:
+            batch, kv_tokens = self.decoding / self.ranks, self.context_tokens / self.ranks
+            step_ms = steps.decode_ms(batch, kv_tokens)
+            expected_ms = TOLD_TOKENS * step_ms + self._waiting_ms(batch, kv_tokens)
+            found = self._overdue(1000.0 * (now_s - self._heard_s), expected_ms)
+        elif self.current_prompts > 0.0:
+            expected_ms = self._waiting_ms(0.0, 0.0)
+            found = self._overdue(1000.0 * (now_s - max(self.current_s, self._heard_s)), expected_ms)
+        return found
+
+    def _overdue(self, silent_ms: float, expected_ms: float) -> float:
+        if silent_ms <= PATIENCE * expected_ms + PATIENCE_MS:
+            return 1.0
+        return min(MOST_SLOWER, silent_ms / (expected_ms + 1.0))
+
+    def _waiting_ms(self, batch: float, kv_tokens: float) -> float:
+        ranks = self.ranks
+        if self.current_prompts <= 0.0:
+            return 0.0
+        tokens = (self.current_tokens + self.late_tokens) / ranks
+        pairs = (self.current_pairs + self.late_pairs) / ranks
+        return self.steps.prefill_ms(tokens, pairs, 1.0, batch, kv_tokens)
+
+    def wait_ms(self, now_s: float, delay_ms: float) -> float:
+        """Until the step in which a newcomer's prompt is computed begins, after it has got there."""
+        ranks = self.ranks
+        steps = self.steps
+        if self.current_prompts <= 0.0:
+            if self.decoding <= 0.0:
+                return 0.0
+            return 0.5 * steps.decode_ms(self.decoding / ranks, self.context_tokens / ranks)
+        elapsed_ms = 1000.0 * (now_s - self.current_s) + delay_ms
+        if elapsed_ms <= 0.0:
+            return -elapsed_ms  # it gets there before that step begins
+        batch, kv_tokens = self.decoding / ranks, self.context_tokens / ranks
+        under_way_ms = steps.prefill_ms(self.current_tokens / ranks, self.current_pairs / ranks, self.current_prompts, batch, kv_tokens)
+        return max(0.05 * under_way_ms, under_way_ms - elapsed_ms)
+
+    def own_ms(self, uncached_tokens: float, pairs: float, now_s: float, delay_ms: float) -> float:
+        """The steps in which a newcomer's prompt is computed, together with those that wait for the same step."""
+        ranks = self.ranks
+        batch, kv_tokens = self.decoding / ranks, self.context_tokens / ranks
+        if self.current_prompts <= 0.0:
+            return self.steps.prefill_ms(uncached_tokens, pairs, 1.0, batch, kv_tokens)
+        if 1000.0 * (now_s - self.current_s) + delay_ms <= 0.0:
+            tokens, more, prompts = self.current_tokens, self.current_pairs, self.current_prompts
+        else:
+            tokens, more, prompts = self.late_tokens, self.late_pairs, self.late_prompts
+        return self.steps.prefill_ms(tokens / ranks + uncached_tokens, more / ranks + pairs, prompts + 1.0, batch, kv_tokens)
+
+    def tpot_ms(
+        self, prompt_tokens: float, length: float, inverse: float, first_ms: float, own_ms: float, burst: float, now_s: float
+    ) -> float:
+        """Per token of a newcomer's answer of ``length`` tokens, after ``first_ms`` to its first.
+
+        A decode step at the batch expected meanwhile, longer by the share of time in which the prompts of others are computed. Those of
+        now leave (one mean answer is the time constant) and as many as usual come (Little's law: tokens expected a second times the time
+        of one). ``burst``: how much more than usual comes now. Who came while its own prompt was computed for ``own_ms`` is computed
+        right after: that is spread over the answer (``inverse``: mean of one over its length).
+        """
+        ranks, steps = self.ranks, self.steps
+        others = self.in_flight / ranks
+        context = self.context_tokens / self.decoding if self.decoding > 0.5 else prompt_tokens + 0.5 * length
+        own = prompt_tokens + 0.5 * length
+        usual = min(MOST_EXCESS, 0.001 * self._excess.rate(now_s) / ranks)
+        present_ms = steps.decode_ms(others + 1.0, others * context + own) / (1.0 - usual)
+        length_s = 0.001 * length * present_ms
+        due = self.tokens_due.rate(now_s) / ranks
+        coming = min(MOST_BATCH, 0.001 * due * present_ms)
+        rate = self.arrivals.rate(now_s) / ranks
+        residence_s = 0.001 * present_ms * due / rate if rate > 0.0 else length_s
+        share = _present_share(length_s, residence_s)
+        batch = share * others + (1.0 - share) * coming
+        lasting = _present_share(length_s + 0.001 * first_ms, BURST_S)
+        excess = min(MOST_EXCESS, usual * (1.0 - lasting + lasting * burst))
+        step_ms = steps.decode_ms(batch + 1.0, batch * context + own)
+        return (step_ms + excess * own_ms * inverse) / (1.0 - excess)
+
+    # ---- inside
+
+    def _advance(self, now_s: float) -> None:
+        span_s = now_s - self._now_s
+        if span_s <= 0.0:
+            return
+        self._now_s = now_s
+        self._batch_s += self.decoding * span_s
+        self._context_s += self.context_tokens * span_s
+
+    def _first(self, flight: Flight, now_s: float) -> None:
+        """Its first token: a step has ended."""
+        self._advance(now_s)
+        if self.late_prompts > 0.0 or self.current_prompts > 1.5:
+            flight.exclusive = False
+        if self.current_prompts > 0.5 and self.current_prompts < 1.5 and self._group_s == self.current_s:
+            flight.step_s = self.current_s  # that step began when the one before ended, and had this prompt alone
+        flight.batch = self.decoding / self.ranks
+        flight.kv_tokens = self.context_tokens / self.ranks
+        self._no_longer_waits(flight)
+        self._prompt_done(flight, now_s)
+        # whoever has been waiting is in the step that begins now
+        self.current_tokens += self.late_tokens
+        self.current_pairs += self.late_pairs
+        self.current_prompts += self.late_prompts
+        self.late_tokens = self.late_pairs = self.late_prompts = 0.0
+        self.current_s = self._group_s
+        if now_s > self._heard_s:
+            self._heard_s = now_s
+
+    def _no_longer_waits(self, flight: Flight) -> None:
+        if self.current_prompts > 0.5:
+            self.current_prompts -= 1.0
+            self.current_tokens = max(0.0, self.current_tokens - flight.uncached_tokens) if self.current_prompts > 0.5 else 0.0
+            self.current_pairs = max(0.0, self.current_pairs - flight.pairs) if self.current_prompts > 0.5 else 0.0
+            if self.current_prompts < 0.5:
+                self.current_prompts = 0.0
+        elif self.late_prompts > 0.5:
+            self.late_prompts -= 1.0
+            self.late_tokens = max(0.0, self.late_tokens - flight.uncached_tokens)
+            self.late_pairs = max(0.0, self.late_pairs - flight.pairs)
+
+    def _prompt_done(self, flight: Flight, now_s: float) -> None:
+        if now_s - self._group_s > SAME_STEP_S or self._group_s < 0.0:
+            self._commit()
+            self._group += 1
+            self._group_s = now_s
+            self._group_batch = self.decoding / self.ranks
+            self._group_tokens = self._group_pairs = self._group_prompts = 0.0
+            self._group_uncommitted = True
+        self._group_tokens += flight.uncached_tokens / self.ranks
+        self._group_pairs += flight.pairs / self.ranks
+        self._group_prompts += 1.0
+        flight.group = self._group
+        self._group_flights.append(flight)
+        flight.state = 1
+        flight.told = 0
+        flight.context_tokens = float(flight.prompt_tokens)
+        self.decoding += 1.0
+        self.context_tokens += flight.context_tokens
+        flight.window_s = now_s
+        flight.window_batch_s = self._batch_s
+        flight.window_context_s = self._context_s
+        flight.window_tokens = 1
+
+    def _commit(self) -> None:
+        """The step with prompts that ended last is complete: what it did counts, for those that were decoding beside it."""
+        if not self._group_uncommitted:
+            return
+        self._group_uncommitted = False
+        steps, batch, prompts = self.steps, self._group_batch, self._group_prompts
+        beside = max(1.0, batch)  # where nothing was disturbed: what it would have been
+        mixed = steps.steps_of(self._group_tokens, beside)
+        kv_tokens = self.context_tokens / self.ranks
+        with_prompts_ms = steps.prefill_ms(self._group_tokens, self._group_pairs, prompts, beside, kv_tokens)
+        excess_ms = max(0.0, with_prompts_ms - mixed * steps.decode_ms(beside, kv_tokens))
+        self._excess.add(self._group_s, excess_ms)
+        if batch > 0.0:
+            self._mixed += mixed
+            steps.add_prefill(self._parts, self._group_tokens, prompts, batch)
+            self._parts[4] += self._group_pairs  # in pairs here; a unit's milliseconds come with add_rest
+            self._excess_ms += excess_ms
+        for flight in self._group_flights:
+            if flight.state == 1:
+                self._open_window(flight)
+        self._group_flights.clear()
+
+    def _open_window(self, flight: Flight) -> None:
+        flight.window_mixed = self._mixed
+        flight.window_excess_ms = self._excess_ms
+        flight.window_parts = [self._parts[0], self._parts[1], self._parts[2], self._parts[4]]
+
+    def _wants_sample(self, now_s: float) -> bool:
+        steps = self.steps
+        return now_s >= self.next_sample_s or steps.samples < LEARN_ALL_SAMPLES or steps.doubtful
+
+    def _take_share(self, flight: Flight) -> None:
+        """The part of the engine's time in its window that was its own: of decoding, one share of the batch."""
+        if flight.group == self._group:
+            self._commit()
+        span_ms = 1000.0 * (self._now_s - flight.window_s)
+        batch = (self._batch_s - flight.window_batch_s) / max(1e-9, self._now_s - flight.window_s)
+        decode_ms = max(0.0, span_ms - (self._excess_ms - flight.window_excess_ms))
+        flight.share_ms += decode_ms / max(1.0, batch)
+
+    def _sample(self, flight: Flight, now_s: float) -> None:
+        """What its tokens since the window began took, against what the engine did meanwhile."""
+        self._take_share(flight)
+        tokens = float(flight.told - flight.window_tokens)
+        span_s = now_s - flight.window_s
+        if tokens > 0.0 and span_s > 0.0 and len(flight.window_parts) == 4:
+            ranks, steps = self.ranks, self.steps
+            batch = (self._batch_s - flight.window_batch_s) / span_s / ranks
+            kv_tokens = (self._context_s - flight.window_context_s) / span_s / ranks
+            mixed = min(1.0, (self._mixed - flight.window_mixed) / tokens)
+            parts = [0.0] * SIZE
+            steps.add_step(parts, 1.0 - mixed, 0.0, batch, 0.0)
+            held = flight.window_parts
+            parts[0] += (self._parts[0] - held[0]) / tokens
+            parts[1] += (self._parts[1] - held[1]) / tokens
+            parts[2] += (self._parts[2] - held[2]) / tokens
+            steps.add_rest(parts, kv_tokens, (self._parts[4] - held[3]) / tokens, batch)
+            steps.learn(1000.0 * span_s / tokens, parts)
+            self.sampled_s = now_s
+            self.next_sample_s = now_s + SAMPLE_INTERVAL_S
+        flight.window_s = now_s
+        flight.window_batch_s = self._batch_s
+        flight.window_context_s = self._context_s
+        flight.window_tokens = flight.told
+        self._open_window(flight)
+
+
+class Ratio:
+    """Observed over predicted, as a ratio of means: what the form of a prediction leaves out (who comes later, steps that are not seen)."""
+
+    __slots__ = ("_observed", "_predicted", "_weight", "value")
+
+    def __init__(self) -> None:
+        self._observed = self._predicted = self._weight = 0.0
+        self.value = 1.0
+
+    def observe(self, predicted: float, observed: float) -> None:
+        if predicted <= 0.0 or not 0.0 <= observed < math.inf:
+            return
+        observed = min(observed, 10.0 * predicted)
+        self._observed = RATIO_FADE * self._observed + observed
+        self._predicted = RATIO_FADE * self._predicted + predicted
+        self._weight = RATIO_FADE * self._weight + 1.0
+        mean = self._predicted / self._weight
+        value = (self._observed + RATIO_PRIOR * mean) / (self._predicted + RATIO_PRIOR * mean)
+        self.value = min(3.0, max(1.0 / 3.0, value))
+
+    def forget(self) -> None:
+        self._observed = self._predicted = self._weight = 0.0
+        self.value = 1.0
+
+
+#: the ratio remembers some 200 requests, and begins as if 20 had been as predicted
+RATIO_FADE: Final = 0.995
+RATIO_PRIOR: Final = 20.0
+
+
+def _present_share(length_s: float, residence_s: float) -> float:
+    """How much of the present is left, on average over a time: (1 - e^-z) / z, z the time in mean residences."""
+    z = length_s / max(0.01, residence_s)
+    return 1.0 if z < 1e-6 else (1.0 - math.exp(-z)) / z
