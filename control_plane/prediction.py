@@ -27,6 +27,7 @@ from control_plane.predicting.lengths import LengthClass, Lengths, remaining
 from control_plane.predicting.priors import prior_of
 from control_plane.predicting.spending import MS_PER_HOUR, Spending
 from control_plane.predicting.step_model import SIZE, StepModel
+from control_plane.protocols import Queued
 from control_plane.types import ExecutionInstance, RequestKind, RequestMetadata, Usage
 
 #: so many ends of an instance all teach; after that one in so many seconds does, which follows any drift and costs nothing under load
@@ -194,14 +195,55 @@ class LatencyPredictor:
         """Milliseconds per further output token with one request more than are in flight there now."""
         model = self._model(instance)
         now_s = self._now_s()
-        raw_ms = self._raw_tpot_ms(model, instance, TYPICAL_CONTEXT_TOKENS, 0.0, 0.0, 0.0, 0.0, 1.0, now_s)
-        tpot_ms = raw_ms * model.book.tpot_ratio.value
-        return tpot_ms * self._believed(model, now_s)
+        plain_ms, beside_ms = self._tpot_parts_ms(model, instance, TYPICAL_CONTEXT_TOKENS, 0.0, 0.0, 0.0, 0.0, 1.0, now_s)
+        return (plain_ms + beside_ms * model.book.tpot_ratio.value) * self._believed(model, now_s)
 
     def marginal_tpot_ms(self, instance: ExecutionInstance) -> float:
-        """Milliseconds by which one request more lengthens every decode step there."""
+        """Milliseconds by which one request more, with a context as those have that decode, lengthens every decode step there."""
         model = self._model(instance)
-        return model.decode.slope / model.ranks
+        steps, batch, kv_tokens = model.steps, self._batch(model, instance), self._kv_tokens(model, instance)
+        own = kv_tokens / batch if batch > 0.0 else TYPICAL_CONTEXT_TOKENS
+        return (steps.decode_ms(batch + 1.0, kv_tokens + own) - steps.decode_ms(batch, kv_tokens)) / model.ranks
+
+    def prompt_ms(self, instance: ExecutionInstance, cached_tokens: int, uncached_tokens: int) -> tuple[float, float, float]:
+        """Of a prompt that comes now: the steps of the prompts ahead of it, as if none were begun; its own; and by how much it lengthens
+        the steps of those in flight on top of the prompts ahead. The first prompt of a step costs the others less than what comes on top,
+        since the weights are read anyway."""
+        model = self._model(instance)
+        steps, book, ranks = model.steps, model.book, model.ranks
+        batch, kv_tokens = self._batch(model, instance), self._kv_tokens(model, instance)
+        uncached = float(uncached_tokens)
+        pairs = uncached * (cached_tokens + 0.5 * uncached)
+        decode_ms = steps.decode_ms(batch, kv_tokens)
+        own_ms = steps.prefill_ms(uncached, pairs, 1.0, batch, kv_tokens)
+        ahead = (book.current_tokens + book.late_tokens) / ranks
+        if ahead > 0.0:
+            more, prompts = (book.current_pairs + book.late_pairs) / ranks, (book.current_prompts + book.late_prompts) / ranks
+            ahead_ms = steps.prefill_ms(ahead, more, prompts, batch, kv_tokens)
+            all_ms = steps.prefill_ms(ahead + uncached, more + pairs, prompts + 1.0, batch, kv_tokens)
+            further = steps.steps_of(ahead + uncached, batch) - steps.steps_of(ahead, batch)
+            stall_ms = max(0.0, all_ms - ahead_ms - further * decode_ms)
+            ahead_ms -= decode_ms
+        else:
+            ahead_ms = 0.0
+            stall_ms = max(0.0, own_ms - steps.steps_of(uncached, batch) * decode_ms)
+        believed = self._believed(model, self._now_s())
+        correction = book.ttft_ratio.value * believed
+        return ahead_ms * correction, own_ms * correction, stall_ms * believed
+
+    def queued(self, instance: ExecutionInstance) -> Queued:
+        """What was sent there and has not come back."""
+        book = self._model(instance).book
+        waiting = book.current_tokens + book.late_tokens
+        return Queued(book.current_prompts + book.late_prompts, waiting, book.context_tokens + waiting)
+
+    def _batch(self, model: InstanceModel, instance: ExecutionInstance) -> float:
+        in_flight: float = instance.active_requests
+        return max(model.book.in_flight, in_flight) / model.ranks
+
+    def _kv_tokens(self, model: InstanceModel, instance: ExecutionInstance) -> float:
+        book = model.book
+        return book.context_tokens / model.ranks if book.in_flight else self._batch(model, instance) * TYPICAL_CONTEXT_TOKENS
 
     def wait_ms(self, instance: LiveState) -> float:
         """Until the step in which a newcomer's prompt is computed can begin."""
@@ -234,8 +276,8 @@ class LatencyPredictor:
                 model = self._model(live)
             service_ms = model.steps.prefill_ms(inputs, pairs, 1.0, 0.0, 0.0)
             if outputs > 0.0:
-                tpot_ms = self._raw_tpot_ms(model, live, inputs, outputs, inverse, service_ms, service_ms, burst, now_s)
-                service_ms += outputs * tpot_ms * model.book.tpot_ratio.value
+                plain_ms, beside_ms = self._tpot_parts_ms(model, live, inputs, outputs, inverse, service_ms, service_ms, burst, now_s)
+                service_ms += outputs * (plain_ms + beside_ms * model.book.tpot_ratio.value)
             found.append(service_ms * self._believed(model, now_s))
         return found
 
@@ -266,8 +308,9 @@ class LatencyPredictor:
 
     def _forecast(
         self, model: InstanceModel, live: LiveState, inputs: int, cached: int, lengths: LengthClass | None, limit: int | None,
-        burst: float, now_s: float, believed: float,
+        burst: float, now_s: float, believed: float, flight: Flight | None = None,
     ) -> Forecast:  # fmt: skip
+        """``flight``: the parts of TPOT are noted there."""
         steps, book = model.steps, model.book
         uncached = float(max(1, inputs - cached))
         pairs = uncached * (cached + 0.5 * uncached)
@@ -275,8 +318,12 @@ class LatencyPredictor:
         own_ms = book.own_ms(uncached, pairs, now_s, steps.x6) * believed
         outputs = 0.0 if lengths is None else float(_within(lengths.mean, limit))
         inverse = 0.0 if lengths is None else lengths.mean_inverse
-        tpot_ms = self._raw_tpot_ms(model, live, float(inputs), outputs, inverse, wait_ms + own_ms, own_ms, burst, now_s)
-        tpot_ms *= believed * book.tpot_ratio.value
+        first_ms = wait_ms + own_ms
+        plain_ms, beside_ms = self._tpot_parts_ms(model, live, float(inputs), outputs, inverse, first_ms, own_ms, burst, now_s)
+        tpot_ms = (plain_ms + beside_ms * book.tpot_ratio.value) * believed
+        if flight is not None:
+            flight.plain_ms = plain_ms * believed
+            flight.beside_ms = beside_ms * believed
         return Forecast(cached, steps.x6, wait_ms, own_ms, book.ttft_ratio.value, tpot_ms, outputs)
 
     def _burst(self, request: RequestMetadata, now_s: float) -> float:
@@ -286,28 +333,37 @@ class LatencyPredictor:
 
     def delay_ms(self, instance: ExecutionInstance, uncached_tokens: int) -> float:
         """What a prompt with so many uncached tokens delays all that decode there now, added up: its steps less theirs, for each."""
-        model = self._model(instance)
+        return self._delay_ms(self._model(instance), instance, float(uncached_tokens))
+
+    def delays_ms(self, request: RequestMetadata, instances: Sequence[ExecutionInstance]) -> list[float]:
+        """:meth:`delay_ms` on each of them, with nothing cached."""
+        inputs = float(self.input_tokens(request))
+        found: list[float] = []
+        for instance in instances:
+            found.append(self._delay_ms(self._model(instance), instance, inputs))  # noqa: PERF401
+        return found
+
+    def _delay_ms(self, model: InstanceModel, live: LiveState, uncached: float) -> float:
         book, steps = model.book, model.steps
-        in_flight: float = instance.active_requests
+        in_flight: float = live.active_requests
         batch = max(book.in_flight, in_flight) / model.ranks
         if batch <= 0.0:
             return 0.0
         kv_tokens = book.context_tokens / model.ranks if book.in_flight else batch * TYPICAL_CONTEXT_TOKENS
-        uncached = float(uncached_tokens)
         with_it_ms = steps.prefill_ms(uncached, 0.5 * uncached * uncached, 1.0, batch, kv_tokens)
         return batch * max(0.0, with_it_ms - steps.steps_of(uncached, batch) * steps.decode_ms(batch, kv_tokens))
 
-    def _raw_tpot_ms(
+    def _tpot_parts_ms(
         self, model: InstanceModel, live: LiveState, inputs: float, outputs: float, inverse: float, first_ms: float, own_ms: float,
         burst: float, now_s: float,
-    ) -> float:  # fmt: skip
+    ) -> tuple[float, float]:  # fmt: skip
         book = model.book
         if book.known:
             return book.tpot_ms(inputs, outputs, inverse, first_ms, own_ms, burst, now_s)
         # nothing was sent there through us: as many as its owner says are decoding
         in_flight: float = live.active_requests
         others = in_flight / model.ranks
-        return model.steps.decode_ms(others + 1.0, others * TYPICAL_CONTEXT_TOKENS + inputs + 0.5 * outputs)
+        return model.steps.decode_ms(others + 1.0, others * TYPICAL_CONTEXT_TOKENS + inputs + 0.5 * outputs), 0.0
 
     def _believed(self, model: InstanceModel, now_s: float) -> float:
         """By what to multiply what was learned: more than 1 where silence says that it is slower now, less where it was faster once and
@@ -371,10 +427,9 @@ class LatencyPredictor:
             flight.length_p50 = float(_within(lengths.p50, limit))
             flight.length_p90 = float(_within(lengths.p90, limit))
         burst = self._burst(request, now_s)
-        told = self._forecast(model, instance, inputs, cached, lengths, fields.max_tokens, burst, now_s, believed)
+        told = self._forecast(model, instance, inputs, cached, lengths, fields.max_tokens, burst, now_s, believed, flight)
         flight.raw_ttft_ms = told.delay_ms + told.wait_ms + told.prefill_ms
         flight.predicted_ttft_ms = told.ttft_ms
-        flight.raw_tpot_ms = told.tpot_ms / book.tpot_ratio.value
         flight.predicted_tpot_ms = told.tpot_ms
         book.send(flight, streamed=streamed, delay_ms=steps.x6)
         arrivals = self._arrivals.get(name)
@@ -413,7 +468,7 @@ class LatencyPredictor:
                     self._length.observe(flight.length_p50, flight.length_p90, float(usage.completion_tokens))
                 self._lengths.observe(name, fields.tenant, flight.prompt_tokens, fields.max_tokens, usage.completion_tokens)
         if flight.first_s > 0.0:
-            self._learn_first_token(model, flight, uncached, pairs, cached)
+            self._learn_first_token(model, flight, uncached, pairs)
             self._learn_decode(model, flight, usage.completion_tokens, last_s)
         if price:
             plain_usd = price * self._work_ms(model, float(flight.prompt_tokens), flight.predicted_tokens) / MS_PER_HOUR
@@ -422,12 +477,12 @@ class LatencyPredictor:
             self.spending.settle(fields.tenant, name, plain_usd, predicted_usd, actual_usd)
         return actual_usd
 
-    def _learn_first_token(self, model: InstanceModel, flight: Flight, uncached: float, pairs: float, cached: int) -> None:
+    def _learn_first_token(self, model: InstanceModel, flight: Flight, uncached: float, pairs: float) -> None:
         steps, book = model.steps, model.book
         ttft_ms = 1000.0 * (flight.first_s - flight.sent_s)
         if flight.predicted_ttft_ms > 0.0:
             self._ttft.observe(flight.predicted_ttft_ms, self._ttft.high(flight.predicted_ttft_ms), ttft_ms)
-        if book.compares(flight) and abs(cached - flight.cached_tokens) <= 32 + 0.02 * flight.prompt_tokens:
+        if book.compares(flight):
             book.ttft_ratio.observe(flight.raw_ttft_ms, ttft_ms)
         parts = [0.0] * SIZE
         steps.add_prefill(parts, uncached, 1.0, flight.batch)
@@ -451,7 +506,7 @@ class LatencyPredictor:
         if flight.predicted_tpot_ms > 0.0:
             self._tpot.observe(flight.predicted_tpot_ms, self._tpot.high(flight.predicted_tpot_ms), tpot_ms)
         if model.book.compares(flight):
-            model.book.tpot_ratio.observe(flight.raw_tpot_ms, tpot_ms)
+            model.book.tpot_ratio.observe(flight.beside_ms, tpot_ms - flight.plain_ms)
         if model.trials and model.steps.reference_ms < FORMERLY_FASTER * model.steps.best_reference_ms:
             model.trials = 0
 

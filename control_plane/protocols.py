@@ -8,14 +8,13 @@ All of it runs on one event loop, in one thread, so between view and decision no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from control_plane.errors import ControlPlaneError
 from control_plane.types import ExecutionInstance, Leg, RequestMetadata
 from control_plane.wire_request import EngineOutcome as EngineOutcome
 from control_plane.wire_request import Headers as Headers
 from control_plane.wire_request import WireRequest as WireRequest
-from control_plane.work import WorkBook
 
 
 class Call(Protocol):
@@ -74,6 +73,15 @@ class PrefixMatches(Protocol):
         """How many tokens are expected to be computed again because ``tokens`` new ones take their room in its cache."""
 
 
+class Queued(NamedTuple):
+    """What is in flight on one instance, first hand: ``prompts`` of which no token has come and their ``prompt_tokens`` that its cache did
+    not hold, ``context_tokens`` of all in flight."""
+
+    prompts: float
+    prompt_tokens: float
+    context_tokens: float
+
+
 class Predictor(Protocol):
     """Milliseconds and dollars, finite from the first call on (a roofline prior stands in until there are samples)."""
 
@@ -87,6 +95,12 @@ class Predictor(Protocol):
 
     def marginal_tpot_ms(self, instance: ExecutionInstance) -> float:
         """Milliseconds by which one request more lengthens every decode step there."""
+
+    def prompt_ms(self, instance: ExecutionInstance, cached_tokens: int, uncached_tokens: int) -> tuple[float, float, float]:
+        """Of a prompt that comes now: the steps of the prompts ahead of it, its own, and by how much it lengthens those of the others."""
+
+    def queued(self, instance: ExecutionInstance) -> Queued:
+        """What was sent there and has not come back."""
 
     def wait_ms(self, instance: ExecutionInstance) -> float:
         """What is in flight there ahead of a newcomer, until its first token could start."""
@@ -106,10 +120,6 @@ class FleetView(Protocol):
     def predictor(self) -> Predictor: ...
     @property
     def prefixes(self) -> PrefixMatches: ...
-    @property
-    def work(self) -> WorkBook:
-        """What is in flight on each instance, known first hand."""
-
     def instances(self) -> Sequence[ExecutionInstance]:
         """Every registered instance, usable or not."""
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import Predictor, PrefixMatches
 from control_plane.types import ExecutionInstance, RequestMetadata
-from control_plane.work import WorkBook
 
 
 class NoPrefixes:
@@ -29,7 +28,7 @@ class NoPrefixes:
 class StaticView:
     """Satisfies :class:`~control_plane.protocols.FleetView`. The instances are read as they are at the moment of a question."""
 
-    __slots__ = ("_instances", "now_s", "predictor", "prefixes", "work")
+    __slots__ = ("_instances", "now_s", "predictor", "prefixes")
 
     def __init__(
         self,
@@ -38,13 +37,11 @@ class StaticView:
         now_s: float = 0.0,
         predictor: Predictor | None = None,
         prefixes: PrefixMatches | None = None,
-        work: WorkBook | None = None,
     ) -> None:
         self._instances = instances
         self.now_s = now_s
         self.predictor: Predictor = predictor if predictor is not None else LatencyPredictor()
         self.prefixes: PrefixMatches = prefixes if prefixes is not None else NoPrefixes()
-        self.work = work if work is not None else WorkBook()
 
     def instances(self) -> Sequence[ExecutionInstance]:
         return self._instances

@@ -23,7 +23,6 @@ from control_plane.protocols import Engine, EventSink, Predictor, PrefixMatches
 from control_plane.roofline import profile as catalogued
 from control_plane.types import ExecutionInstance, HealthStatus, RequestKind
 from control_plane.view import NoPrefixes
-from control_plane.work import WorkBook
 
 _HEALTHY: Final = HealthStatus.HEALTHY
 _ANSWERS = (HealthStatus.HEALTHY, HealthStatus.DRAINING)
@@ -59,8 +58,6 @@ class Fleet:
         self._clock = clock
         self.predictor = predictor
         self.prefixes = prefixes if prefixes is not None else NoPrefixes()
-        #: what is in flight on each instance, known first hand
-        self.work = WorkBook()
         self._make_engine = engine_factory
         self._settings = settings or HealthSettings()
         self._status = StatusBook(clock, events if events is not None else Silence(), self._settings)
@@ -157,8 +154,6 @@ class Fleet:
         self._index.instances.remove(instance)
         self._status.clear(record)
         self._index.rebuild()
-        if not instance.active_requests:
-            self.work.forget(instance_id)
         if record.task is not None:
             record.task.cancel()
             self._await_later(record.task)
@@ -251,8 +246,6 @@ class Fleet:
         leaving = self._leaving.pop(instance, None)
         if leaving is not None:
             self._close_engine(leaving)
-            if instance.instance_id not in self._records:
-                self.work.forget(instance.instance_id)
         elif instance.health_status == HealthStatus.DRAINING and (record := self._mine(instance)) is not None:
             self._status.say(record, "instance_drained", "drained: its last request has ended")
 

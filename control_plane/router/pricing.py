@@ -1,7 +1,7 @@
 """What a request costs on each candidate, in predicted milliseconds, by part: to itself, to those that run there, and to the cache.
 
-    waiting   prefills ahead of it there (first hand), and where the KV cache is full the time until enough of it is free
-    prefill   of its own tokens that are not cached there
+    waiting   the steps of the prompts ahead of it there, and where the KV cache is full the time until enough of it is free
+    prefill   the steps that compute its tokens that are not cached there
     decode    its expected answer at the batch that it makes
     delay     to those in flight there: its prefill stalls each of them, and each of their further steps gets longer
     eviction  prefill of what its blocks push out of the cache, as far as that is expected to be asked for again
@@ -12,7 +12,6 @@ The sum is what the fleet's requests lose together by this placement. ``delay`` 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -101,7 +100,7 @@ class PricedPlacement(Placement):
 
 def priced(request: RequestMetadata, seen: Sequence[ExecutionInstance], view: FleetView) -> Prices:
     """The price of ``request`` on each of ``seen``. Pure."""
-    predictor, prefixes, book = view.predictor, view.prefixes, view.work
+    predictor, prefixes = view.predictor, view.prefixes
     inputs = predictor.input_tokens(request)
     outputs = predictor.output_tokens(request)
     found = Prices(seen, prefixes.cached_tokens_of(request, seen))
@@ -109,37 +108,26 @@ def priced(request: RequestMetadata, seen: Sequence[ExecutionInstance], view: Fl
     known = predictor if isinstance(predictor, LatencyPredictor) else None
     for at, instance in enumerate(seen):
         live: LiveState = instance
+        cached = found.cached_tokens[at]
         # the engine computes at least the last token anew
-        uncached = max(1, inputs - found.cached_tokens[at])
-        batch = batches[at]
-        starting = book.of(live.instance_id).starting_tokens
+        uncached = max(1, inputs - cached)
         if known is not None:  # compiled calls; the protocol's cost an attribute look-up each
-            prefill_ms = known.prefill_ms(instance, uncached)
-            fixed_ms = known.prefill_ms(instance, 0)
-            before_ms = known.prefill_ms(instance, starting)
-            after_ms = known.prefill_ms(instance, starting + uncached)
-            tpot_ms = known.tpot_ms(instance)
-            marginal_ms = known.marginal_tpot_ms(instance)
+            ahead_ms, prefill_ms, stall_ms = known.prompt_ms(instance, cached, uncached)
+            tpot_ms, marginal_ms = known.tpot_ms(instance), known.marginal_tpot_ms(instance)
         else:
-            prefill_ms = predictor.prefill_ms(instance, uncached)
-            fixed_ms = predictor.prefill_ms(instance, 0)
-            before_ms = predictor.prefill_ms(instance, starting)
-            after_ms = predictor.prefill_ms(instance, starting + uncached)
-            tpot_ms = predictor.tpot_ms(instance)
-            marginal_ms = predictor.marginal_tpot_ms(instance)
-        in_flight: float = live.active_requests
-        tpot_ms += (batch - in_flight) * marginal_ms
-        # a step computes prompts while it reads the weights for those that decode, and takes about the root of the squares of both: the
-        # first prompts of a step stall the others less than those that come on top
-        stall_ms = math.hypot(tpot_ms, after_ms - fixed_ms) - math.hypot(tpot_ms, before_ms - fixed_ms)
-        found.waiting.append(before_ms - fixed_ms + _for_room_ms(instance, batch, starting + uncached + outputs))
+            ahead_ms, prefill_ms, stall_ms = predictor.prompt_ms(instance, cached, uncached)
+            tpot_ms, marginal_ms = predictor.tpot_ms(instance), predictor.marginal_tpot_ms(instance)
+        batch = batches[at]
+        ours: float = live.active_requests
+        tpot_ms += (batch - ours) * marginal_ms
+        found.waiting.append(ahead_ms + _for_room_ms(instance, batch, uncached + outputs))
         found.prefill.append(prefill_ms)
         found.decode.append(outputs * tpot_ms)
         found.step.append(tpot_ms)
         found.delay.append(batch * (stall_ms + outputs * marginal_ms))
         lost = prefixes.lost_tokens(instance, uncached + outputs)
         # computed again it will stall as many as are there now
-        found.eviction.append((1.0 + batch) * lost * (after_ms - before_ms) / uncached if lost else 0.0)
+        found.eviction.append((1.0 + batch) * lost * stall_ms / uncached if lost else 0.0)
     return found
 
 

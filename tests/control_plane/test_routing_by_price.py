@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from random import Random
 
 import pytest
@@ -10,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from routing_world import RoundNumbers, ToldPrefixes, World, asking
 
+from control_plane.clock import ManualClock
 from control_plane.policies import decide
+from control_plane.prediction import LatencyPredictor
 from control_plane.router import PredictedLatency, PrefixAware, create_strategy
 from control_plane.router.placement import MAX_HOLDERS, SAMPLE_SIZE
 from control_plane.router.pricing import PARTS, batches_of, priced
@@ -27,30 +28,32 @@ def test_a_price_has_five_parts() -> None:
 
     # a: idle, nothing cached: 10 + 1000 of prefill, 100 steps of 21 ms
     assert prices.parts_of(0) == {"waiting": 0.0, "prefill": 1010.0, "decode": 2100.0, "delay": 0.0, "eviction": 0.0, "cached_tokens": 0.0}
-    # b: 300 ms of prefill ahead, 100 tokens of its own, steps of 25 ms; 4 others are stalled by what its prompt adds to a step beside
-    # the 300, and each of 100 steps gets 1 ms longer for them; half of 200 tokens are computed again, for it and for 4 others
-    stalled = math.hypot(25.0, 400.0) - math.hypot(25.0, 300.0)
-    expected = {
-        "waiting": 300.0,
-        "prefill": 110.0,
-        "decode": 2500.0,
-        "delay": 4 * (stalled + 100.0),
-        "eviction": 500.0,
-        "cached_tokens": 900.0,
-    }
+    # b: 300 ms of prefill ahead, 100 tokens of its own, steps of 25 ms; 4 others are stalled for 100 ms, and each of 100 steps gets 1 ms
+    # longer for them; half of 200 tokens are computed again, for it and for 4 others
+    expected = {"waiting": 300.0, "prefill": 110.0, "decode": 2500.0, "delay": 800.0, "eviction": 500.0, "cached_tokens": 900.0}
     assert prices.parts_of(1) == pytest.approx(expected)
     assert prices.totals()[1] == pytest.approx(sum(expected[part] for part in PARTS))
     assert prices.first_tokens() == [1010.0, 410.0]
 
 
 def test_a_prompt_on_top_of_others_stalls_more_than_the_first_of_a_step() -> None:
-    alone, crowded = World(10), World(10)
-    crowded.queued("a", 500)
-    # 10 are stalled by sqrt(31^2 + 20^2) - 31 = 5.9 ms, or by nearly all of the 20 ms; 1,000 ms are of the longer steps
-    first, on_top = (priced(asking(20), world.instances, world.view).delay[0] - 1000.0 for world in (alone, crowded))
+    clock = ManualClock(100.0)
+    predictor = LatencyPredictor(clock)
+    instance = ExecutionInstance("a", model_name="m", profile="h100-llama3-8b", active_requests=4)
 
-    assert first == pytest.approx(10 * (math.hypot(31.0, 20.0) - 31.0))
-    assert on_top > 3.0 * first
+    def send(tokens: int) -> None:
+        predictor.began(asking(tokens), instance, clock.now_s(), streamed=True)
+
+    none_ahead_ms, own_ms, first_ms = predictor.prompt_ms(instance, 0, 100)
+    send(1000)
+    send(1000)
+    ahead_ms, still_own_ms, on_top_ms = predictor.prompt_ms(instance, 0, 100)
+
+    assert none_ahead_ms == 0.0 < 10.0 * own_ms < ahead_ms
+    assert still_own_ms == pytest.approx(own_ms, rel=0.01)
+    assert 0.0 < first_ms < 0.7 * on_top_ms
+    told = predictor.queued(instance)
+    assert (told.prompts, told.prompt_tokens) == (2.0, 2000.0)
 
 
 def test_a_full_kv_cache_is_waited_for() -> None:
@@ -66,7 +69,7 @@ def test_a_full_kv_cache_is_waited_for() -> None:
 
 
 def test_predicted_latency_takes_the_least_loss_of_all() -> None:
-    # a holds most but serves many: 110 + 100 x 51 + 30 x (~79 + 100) against 1010 + 100 x 22 + 1 x (~990 + 100)
+    # a holds most but serves many: 110 + 100 x 51 + 30 x (100 + 100) = 11,210 against 1,010 + 2,200 + 1 x 1,100 = 4,310
     world = World(30, 1, cached={"a": 900})
     strategy = PredictedLatency(Random(1))
 

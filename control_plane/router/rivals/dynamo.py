@@ -50,9 +50,9 @@ class DynamoCost(RoutingStrategy):
         found: list[float] = []
         for at, instance in enumerate(candidates):
             size = instance.engine.kv_block_size_tokens or BLOCK_TOKENS
-            work = view.work.of(instance.instance_id)
-            prefill = math.ceil((work.starting_tokens + max(0, inputs - cached[at])) / size)
-            found.append(self.prefill_scale * prefill + math.ceil((work.context_tokens + inputs) / size))
+            queued = view.predictor.queued(instance)
+            prefill = math.ceil((queued.prompt_tokens + max(0, inputs - cached[at])) / size)
+            found.append(self.prefill_scale * prefill + math.ceil((queued.context_tokens + inputs) / size))
         return found
 
     def _drawn(self, costs: list[float]) -> int:

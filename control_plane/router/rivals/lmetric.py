@@ -23,7 +23,7 @@ class LMetric(RoutingStrategy):
         cached = view.prefixes.cached_tokens_of(request, candidates)
         best: tuple[float, int, int] | None = None
         for at, instance in enumerate(candidates):
-            tokens = view.work.of(instance.instance_id).starting_tokens + max(1, inputs - cached[at])
+            tokens = view.predictor.queued(instance).prompt_tokens + max(1, inputs - cached[at])
             score = float(tokens * (instance.active_requests + 1))
             if best is None or (score, instance.active_requests) < best[:2]:
                 best = score, instance.active_requests, at

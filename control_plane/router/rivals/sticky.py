@@ -37,7 +37,7 @@ class StickyUntilSaturated(RoutingStrategy):
         scores: list[int] = []
         first_ms: list[float] = []
         for at, instance in enumerate(candidates):
-            tokens = view.work.of(instance.instance_id).starting_tokens + max(1, inputs - cached[at])
+            tokens = round(view.predictor.queued(instance).prompt_tokens) + max(1, inputs - cached[at])
             scores.append(tokens)
             first_ms.append(view.predictor.prefill_ms(instance, tokens) - view.predictor.prefill_ms(instance, 0))
         everyone = range(len(candidates))

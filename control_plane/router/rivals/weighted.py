@@ -31,7 +31,7 @@ class WeightedScorers(RoutingStrategy):
     def place(self, request: RequestMetadata, candidates: Sequence[ExecutionInstance], view: FleetView) -> Placement:
         inputs = max(1, view.predictor.input_tokens(request))
         cached = view.prefixes.cached_tokens_of(request, candidates)
-        queues = [view.work.of(instance.instance_id).starting for instance in candidates]
+        queues = [view.predictor.queued(instance).prompts for instance in candidates]
         shortest, spread = min(queues), max(queues) - min(queues)
         scores: list[float] = []
         for at, instance in enumerate(candidates):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from control_plane.protocols import Queued
 from control_plane.types import ExecutionInstance, RequestMetadata
 from control_plane.view import NoPrefixes, StaticView
-from control_plane.work import WorkBook
 
 #: of :class:`RoundNumbers`
 FIXED_MS = 10.0
@@ -14,7 +14,11 @@ OUTPUT_TOKENS = 100
 
 
 class RoundNumbers:
-    """Prefill 10 ms + 1 ms a token, decode steps of 20 ms + 1 ms for each request in the batch, answers of 100 tokens."""
+    """Prefill 10 ms + 1 ms a token, decode steps of 20 ms + 1 ms for each request in the batch, answers of 100 tokens. Whoever comes waits
+    for what is queued; a prompt stalls the others for 1 ms a token."""
+
+    def __init__(self) -> None:
+        self.in_queue: dict[str, Queued] = {}
 
     def input_tokens(self, request: RequestMetadata) -> int:
         return request.input_tokens or 0
@@ -32,7 +36,13 @@ class RoundNumbers:
         return 1.0
 
     def wait_ms(self, instance: ExecutionInstance) -> float:
-        return 0.0
+        return self.queued(instance).prompt_tokens
+
+    def queued(self, instance: ExecutionInstance) -> Queued:
+        return self.in_queue.get(instance.instance_id) or Queued(0.0, 0.0, 0.0)
+
+    def prompt_ms(self, instance: ExecutionInstance, cached_tokens: int, uncached_tokens: int) -> tuple[float, float, float]:
+        return self.wait_ms(instance), self.prefill_ms(instance, uncached_tokens), float(uncached_tokens)
 
     def service_ms(self, request: RequestMetadata, instance: ExecutionInstance) -> float:
         return self.prefill_ms(instance, self.input_tokens(request)) + OUTPUT_TOKENS * self.tpot_ms(instance)
@@ -64,15 +74,21 @@ class World:
     def __init__(self, *in_flight: int, cached: Mapping[str, int] | None = None, lost_share: Mapping[str, float] | None = None) -> None:
         self.instances = [ExecutionInstance(chr(97 + k), model_name="m", active_requests=n) for k, n in enumerate(in_flight)]
         self.prefixes = ToldPrefixes(cached, lost_share)
-        self.work = WorkBook()
-        self.view = StaticView(self.instances, predictor=RoundNumbers(), prefixes=self.prefixes, work=self.work)
+        self.predictor = RoundNumbers()
+        self.view = StaticView(self.instances, predictor=self.predictor, prefixes=self.prefixes)
 
-    def queued(self, instance_id: str, tokens: int, context_tokens: int = 0) -> None:
+    def queued(self, instance_id: str, tokens: int) -> None:
         """A request is there that has shown no token yet, with so many to prefill."""
-        self.work.open(instance_id).sent(tokens, context_tokens, starts=True)
+        self._add(instance_id, Queued(1.0, tokens, tokens))
 
     def decoding(self, instance_id: str, context_tokens: int) -> None:
-        self.work.open(instance_id).sent(0, context_tokens, starts=False)
+        self._add(instance_id, Queued(0.0, 0.0, context_tokens))
+
+    def _add(self, name: str, more: Queued) -> None:
+        had = self.predictor.in_queue.get(name) or Queued(0.0, 0.0, 0.0)
+        self.predictor.in_queue[name] = Queued(
+            had.prompts + more.prompts, had.prompt_tokens + more.prompt_tokens, had.context_tokens + more.context_tokens
+        )
 
 
 def asking(tokens: int, **fields: object) -> RequestMetadata:
