@@ -17,15 +17,13 @@ def prediction_series(calibration: Mapping[str, Calibration]) -> Iterator[Metric
     found = {name: one for name, one in calibration.items() if one.count}
     count = CounterMetricFamily("control_plane_prediction_samples", "Predictions that were compared.", labels=["quantity"])
     mean = GaugeMetricFamily("control_plane_prediction_mean_error_ratio", "Mean predicted over mean observed, less 1.", labels=["quantity"])
-    covered = GaugeMetricFamily("control_plane_prediction_p90_coverage_ratio", "Share at or below the predicted P90.", labels=["quantity"])
+    covered = GaugeMetricFamily("control_plane_prediction_high_coverage_ratio", "Share at or below the predicted P90.", labels=["quantity"])
     for name, one in found.items():
         count.add_metric([name], one.count)
         mean.add_metric([name], one.mean_error)
         covered.add_metric([name], one.covered)
     value = GaugeMetricFamily("control_plane_prediction_value", "What was said and what came.", labels=["quantity", "source", "quantile"])
-    error = GaugeMetricFamily(
-        "control_plane_prediction_error_ratio", "|predicted / observed - 1|.", labels=["quantity", "quantile"]
-    )
+    error = GaugeMetricFamily("control_plane_prediction_error_ratio", "|predicted / observed - 1|.", labels=["quantity", "quantile"])
     loss = GaugeMetricFamily("control_plane_prediction_pinball_loss", "Mean, in the quantity's unit.", labels=["quantity", "quantile"])
     for name, one in found.items():
         for label, q in QUANTILES:

@@ -12,6 +12,7 @@ import math
 from typing import Final
 
 from control_plane.predicting.arrivals import Arrivals
+from control_plane.predicting.ratio import Ratio
 from control_plane.predicting.step_model import SIZE, StepModel
 
 #: first tokens of one step come within this, seconds
@@ -19,6 +20,8 @@ SAME_STEP_S: Final = 0.0005
 #: batch and share of time that are reckoned with at most
 MOST_BATCH: Final = 512.0
 MOST_EXCESS: Final = 0.9
+#: rates are read anew after so many seconds
+RATES_S: Final = 0.1
 #: bursts last so long on average, seconds
 BURST_S: Final = 5.0
 #: a sample of decode needs so many tokens; a stream is told of its tokens 32 at a time
@@ -26,9 +29,7 @@ SAMPLE_TOKENS: Final = 48
 #: of an engine one is taken in so many seconds, once it has had so many
 SAMPLE_INTERVAL_S: Final = 0.25
 LEARN_ALL_SAMPLES: Final = 256
-#: tokens after which an engine's streams tell of themselves at the latest
-TOLD_TOKENS: Final = 32.0
-#: no news for this many times what is expected, and this long, means that the engine is that much slower
+#: no first token for this many times what is expected, and this long, means that the engine is that much slower
 PATIENCE: Final = 2.0
 PATIENCE_MS: Final = 100.0
 MOST_SLOWER: Final = 100.0
@@ -39,6 +40,7 @@ class Flight:
 
     __slots__ = (
         "batch",
+        "beside_ms",
         "book",
         "cached_tokens",
         "context_tokens",
@@ -52,12 +54,12 @@ class Flight:
         "length_p90",
         "own_ms",
         "pairs",
+        "plain_ms",
         "predicted_tokens",
         "predicted_tpot_ms",
         "predicted_ttft_ms",
         "predicted_usd",
         "prompt_tokens",
-        "raw_tpot_ms",
         "raw_ttft_ms",
         "sent_s",
         "share_ms",
@@ -108,8 +110,9 @@ class Flight:
         #: engine milliseconds that it took up in decode, and those of its prompt
         self.share_ms = 0.0
         self.own_ms = 0.0
-        # what was predicted when it was sent; ``raw_*`` without the correction by what came of earlier ones
-        self.raw_ttft_ms = self.raw_tpot_ms = self.predicted_ttft_ms = self.predicted_tpot_ms = 0.0
+        # what was predicted when it was sent; without the correction by what came of earlier ones: TTFT, and of TPOT decoding and the rest
+        self.plain_ms = self.beside_ms = 0.0
+        self.raw_ttft_ms = self.predicted_ttft_ms = self.predicted_tpot_ms = 0.0
         self.predicted_tokens = self.length_p50 = self.length_p90 = self.predicted_usd = 0.0
 
 
@@ -119,21 +122,26 @@ class InstanceBook:
     __slots__ = (
         "_batch_s",
         "_context_s",
+        "_due",
         "_excess",
         "_excess_ms",
         "_group",
         "_group_batch",
         "_group_flights",
+        "_group_kv",
         "_group_pairs",
         "_group_prompts",
         "_group_s",
+        "_group_span_s",
         "_group_tokens",
         "_group_uncommitted",
-        "_heard_s",
         "_mixed",
         "_now_s",
         "_parts",
+        "_rate",
+        "_rates_s",
         "_ratio_era",
+        "_usual",
         "arrivals",
         "context_tokens",
         "current_pairs",
@@ -176,18 +184,23 @@ class InstanceBook:
         self.tpot_ratio = Ratio()
         self._ratio_era = steps.era
         self._now_s = now_s
-        self._heard_s = now_s
         self._batch_s = self._context_s = 0.0
         self._mixed = self._excess_ms = 0.0
-        self._parts = [0.0] * SIZE
+        #: over the steps with prompts: parts of StepModel (3: context tokens, 4: pairs, 5: batch, in their own units), seconds, and batch
+        #: and context over those seconds
+        self._parts = [0.0] * (SIZE + 2)
         #: milliseconds by which prompts made steps longer, or would have
         self._excess = Arrivals(now_s)
+        #: the rates as they were a moment ago: share of time, tokens and requests a second
+        self._usual = self._due = self._rate = 0.0
+        self._rates_s = -1e9
         #: requests, and their expected tokens
         self.arrivals = Arrivals(now_s)
         self.tokens_due = Arrivals(now_s)
         self._group = 0
         self._group_s = -1.0
-        self._group_batch = self._group_tokens = self._group_pairs = self._group_prompts = 0.0
+        self._group_batch = self._group_kv = self._group_span_s = 0.0
+        self._group_tokens = self._group_pairs = self._group_prompts = 0.0
         self._group_uncommitted = False
         self._group_flights: list[Flight] = []
 
@@ -197,8 +210,6 @@ class InstanceBook:
         """A request goes there now. ``streamed``: its first token will show."""
         now_s = flight.sent_s
         self._advance(now_s)
-        if self.in_flight == 0.0:
-            self._heard_s = now_s
         flight.batch = self.decoding / self.ranks
         flight.kv_tokens = self.context_tokens / self.ranks
         flight.waits_step = self.decoding > 0.0
@@ -236,8 +247,6 @@ class InstanceBook:
             count -= 1
             if count <= 0:
                 return
-        if last_s > self._heard_s:
-            self._heard_s = last_s
         self._advance(last_s)
         flight.told += count
         flight.context_tokens += count
@@ -260,6 +269,8 @@ class InstanceBook:
             self.context_tokens = max(0.0, self.context_tokens - flight.context_tokens) if self.decoding else 0.0
         else:
             self._no_longer_waits(flight)
+            if self.current_prompts == 0.0:
+                self._begin_step(now_s)
         flight.state = 2
         if self.in_flight == 0.0:
             self.current_tokens = self.current_pairs = self.current_prompts = 0.0
@@ -277,33 +288,18 @@ class InstanceBook:
     # ---- what is to be expected
 
     def slower(self, now_s: float) -> float:
-        """How many times slower than believed it must be, since nothing has been heard for so long; 1.0: nothing says so."""
-        if self.in_flight == 0.0:
-            return 1.0
-        found = 1.0
-        steps = self.steps
-        if self.decoding > 0.0:
-            batch, kv_tokens = self.decoding / self.ranks, self.context_tokens / self.ranks
-            step_ms = steps.decode_ms(batch, kv_tokens)
-            expected_ms = TOLD_TOKENS * step_ms + self._waiting_ms(batch, kv_tokens)
-            found = self._overdue(1000.0 * (now_s - self._heard_s), expected_ms)
-        elif self.current_prompts > 0.0:
-            expected_ms = self._waiting_ms(0.0, 0.0)
-            found = self._overdue(1000.0 * (now_s - max(self.current_s, self._heard_s)), expected_ms)
-        return found
-
-    def _overdue(self, silent_ms: float, expected_ms: float) -> float:
-        if silent_ms <= PATIENCE * expected_ms + PATIENCE_MS:
-            return 1.0
-        return min(MOST_SLOWER, silent_ms / (expected_ms + 1.0))
-
-    def _waiting_ms(self, batch: float, kv_tokens: float) -> float:
-        ranks = self.ranks
+        """How many times slower than believed it must be, since a prompt that is being computed has no first token for so long; 1.0:
+        nothing says so. Streams that tell nothing say nothing: their clients may be the slow ones."""
         if self.current_prompts <= 0.0:
-            return 0.0
-        tokens = (self.current_tokens + self.late_tokens) / ranks
-        pairs = (self.current_pairs + self.late_pairs) / ranks
-        return self.steps.prefill_ms(tokens, pairs, 1.0, batch, kv_tokens)
+            return 1.0
+        silent_ms = 1000.0 * (now_s - self.current_s)
+        if silent_ms <= PATIENCE_MS:
+            return 1.0
+        ranks = self.ranks
+        batch, kv_tokens = self.decoding / ranks, self.context_tokens / ranks
+        tokens, pairs = self.current_tokens / ranks, self.current_pairs / ranks
+        expected_ms = self.steps.prefill_ms(tokens, pairs, self.current_prompts / ranks, batch, kv_tokens)
+        return 1.0 if silent_ms <= PATIENCE * expected_ms + PATIENCE_MS else min(MOST_SLOWER, silent_ms / (expected_ms + 1.0))
 
     def wait_ms(self, now_s: float, delay_ms: float) -> float:
         """Until the step in which a newcomer's prompt is computed begins, after it has got there."""
@@ -334,8 +330,8 @@ class InstanceBook:
 
     def tpot_ms(
         self, prompt_tokens: float, length: float, inverse: float, first_ms: float, own_ms: float, burst: float, now_s: float
-    ) -> float:
-        """Per token of a newcomer's answer of ``length`` tokens, after ``first_ms`` to its first.
+    ) -> tuple[float, float]:
+        """Milliseconds per token of a newcomer's answer of ``length`` tokens, after ``first_ms`` to its first: of decoding, and beside it.
 
         A decode step at the batch expected meanwhile, longer by the share of time in which the prompts of others are computed. Those of
         now leave (one mean answer is the time constant) and as many as usual come (Little's law: tokens expected a second times the time
@@ -346,19 +342,22 @@ class InstanceBook:
         others = self.in_flight / ranks
         context = self.context_tokens / self.decoding if self.decoding > 0.5 else prompt_tokens + 0.5 * length
         own = prompt_tokens + 0.5 * length
-        usual = min(MOST_EXCESS, 0.001 * self._excess.rate(now_s) / ranks)
+        if now_s - self._rates_s > RATES_S:
+            self._rates_s = now_s
+            self._usual = min(MOST_EXCESS, 0.001 * self._excess.rate(now_s) / ranks)
+            self._due = self.tokens_due.rate(now_s) / ranks
+            self._rate = self.arrivals.rate(now_s) / ranks
+        usual, due, rate = self._usual, self._due, self._rate
         present_ms = steps.decode_ms(others + 1.0, others * context + own) / (1.0 - usual)
         length_s = 0.001 * length * present_ms
-        due = self.tokens_due.rate(now_s) / ranks
         coming = min(MOST_BATCH, 0.001 * due * present_ms)
-        rate = self.arrivals.rate(now_s) / ranks
         residence_s = 0.001 * present_ms * due / rate if rate > 0.0 else length_s
         share = _present_share(length_s, residence_s)
         batch = share * others + (1.0 - share) * coming
         lasting = _present_share(length_s + 0.001 * first_ms, BURST_S)
         excess = min(MOST_EXCESS, usual * (1.0 - lasting + lasting * burst))
         step_ms = steps.decode_ms(batch + 1.0, batch * context + own)
-        return (step_ms + excess * own_ms * inverse) / (1.0 - excess)
+        return step_ms, (step_ms + excess * own_ms * inverse) / (1.0 - excess) - step_ms
 
     # ---- inside
 
@@ -375,20 +374,21 @@ class InstanceBook:
         self._advance(now_s)
         if self.late_prompts > 0.0 or self.current_prompts > 1.5:
             flight.exclusive = False
-        if self.current_prompts > 0.5 and self.current_prompts < 1.5 and self._group_s == self.current_s:
+        if 0.5 < self.current_prompts < 1.5 and self._group_s == self.current_s:
             flight.step_s = self.current_s  # that step began when the one before ended, and had this prompt alone
         flight.batch = self.decoding / self.ranks
         flight.kv_tokens = self.context_tokens / self.ranks
         self._no_longer_waits(flight)
         self._prompt_done(flight, now_s)
-        # whoever has been waiting is in the step that begins now
+        self._begin_step(self._group_s)
+
+    def _begin_step(self, now_s: float) -> None:
+        """Whoever has been waiting is in the step that begins now."""
         self.current_tokens += self.late_tokens
         self.current_pairs += self.late_pairs
         self.current_prompts += self.late_prompts
         self.late_tokens = self.late_pairs = self.late_prompts = 0.0
-        self.current_s = self._group_s
-        if now_s > self._heard_s:
-            self._heard_s = now_s
+        self.current_s = now_s
 
     def _no_longer_waits(self, flight: Flight) -> None:
         if self.current_prompts > 0.5:
@@ -408,6 +408,8 @@ class InstanceBook:
             self._group += 1
             self._group_s = now_s
             self._group_batch = self.decoding / self.ranks
+            self._group_kv = self.context_tokens / self.ranks
+            self._group_span_s = max(0.0, now_s - self.current_s) if self.current_prompts > 0.0 else 0.0
             self._group_tokens = self._group_pairs = self._group_prompts = 0.0
             self._group_uncommitted = True
         self._group_tokens += flight.uncached_tokens / self.ranks
@@ -433,15 +435,22 @@ class InstanceBook:
         steps, batch, prompts = self.steps, self._group_batch, self._group_prompts
         beside = max(1.0, batch)  # where nothing was disturbed: what it would have been
         mixed = steps.steps_of(self._group_tokens, beside)
-        kv_tokens = self.context_tokens / self.ranks
+        kv_tokens = self._group_kv
         with_prompts_ms = steps.prefill_ms(self._group_tokens, self._group_pairs, prompts, beside, kv_tokens)
         excess_ms = max(0.0, with_prompts_ms - mixed * steps.decode_ms(beside, kv_tokens))
         self._excess.add(self._group_s, excess_ms)
         if batch > 0.0:
+            span_s = self._group_span_s or 0.001 * with_prompts_ms
+            parts = self._parts
             self._mixed += mixed
-            steps.add_prefill(self._parts, self._group_tokens, prompts, batch)
-            self._parts[4] += self._group_pairs  # in pairs here; a unit's milliseconds come with add_rest
             self._excess_ms += excess_ms
+            steps.add_prefill(parts, self._group_tokens, prompts, batch)
+            parts[3] += mixed * kv_tokens
+            parts[4] += self._group_pairs
+            parts[5] += mixed * batch
+            parts[6] += span_s
+            parts[7] += span_s * batch
+            parts[8] += span_s * kv_tokens
         for flight in self._group_flights:
             if flight.state == 1:
                 self._open_window(flight)
@@ -450,7 +459,7 @@ class InstanceBook:
     def _open_window(self, flight: Flight) -> None:
         flight.window_mixed = self._mixed
         flight.window_excess_ms = self._excess_ms
-        flight.window_parts = [self._parts[0], self._parts[1], self._parts[2], self._parts[4]]
+        flight.window_parts = list(self._parts)
 
     def _wants_sample(self, now_s: float) -> bool:
         steps = self.steps
@@ -458,8 +467,8 @@ class InstanceBook:
 
     def _take_share(self, flight: Flight) -> None:
         """The part of the engine's time in its window that was its own: of decoding, one share of the batch."""
-        if flight.group == self._group:
-            self._commit()
+        if flight.group == self._group or self._now_s - self._group_s > SAME_STEP_S:
+            self._commit()  # nobody can come to that step any more
         span_ms = 1000.0 * (self._now_s - flight.window_s)
         batch = (self._batch_s - flight.window_batch_s) / max(1e-9, self._now_s - flight.window_s)
         decode_ms = max(0.0, span_ms - (self._excess_ms - flight.window_excess_ms))
@@ -470,18 +479,21 @@ class InstanceBook:
         self._take_share(flight)
         tokens = float(flight.told - flight.window_tokens)
         span_s = now_s - flight.window_s
-        if tokens > 0.0 and span_s > 0.0 and len(flight.window_parts) == 4:
+        if tokens > 0.0 and span_s > 0.0 and flight.window_parts:
             ranks, steps = self.ranks, self.steps
-            batch = (self._batch_s - flight.window_batch_s) / span_s / ranks
-            kv_tokens = (self._context_s - flight.window_context_s) / span_s / ranks
-            mixed = min(1.0, (self._mixed - flight.window_mixed) / tokens)
+            done, held = self._parts, flight.window_parts
+            mixed = min(tokens, self._mixed - flight.window_mixed)
+            # batch and context of the steps without prompts: over the time that those with prompts leave
+            plain_s = max(0.05 * span_s, span_s - (done[6] - held[6]))
+            batch = max(0.0, (self._batch_s - flight.window_batch_s) / ranks - (done[7] - held[7])) / plain_s
+            kv_tokens = max(0.0, (self._context_s - flight.window_context_s) / ranks - (done[8] - held[8])) / plain_s
             parts = [0.0] * SIZE
-            steps.add_step(parts, 1.0 - mixed, 0.0, batch, 0.0)
-            held = flight.window_parts
-            parts[0] += (self._parts[0] - held[0]) / tokens
-            parts[1] += (self._parts[1] - held[1]) / tokens
-            parts[2] += (self._parts[2] - held[2]) / tokens
-            steps.add_rest(parts, kv_tokens, (self._parts[4] - held[3]) / tokens, batch)
+            steps.add_step(parts, 1.0 - mixed / tokens, 0.0, batch, 0.0)
+            for k in range(3):
+                parts[k] += (done[k] - held[k]) / tokens
+            kv_tokens = (kv_tokens * (tokens - mixed) + done[3] - held[3]) / tokens
+            batch = (batch * (tokens - mixed) + done[5] - held[5]) / tokens
+            steps.add_rest(parts, kv_tokens, (done[4] - held[4]) / tokens, batch)
             steps.learn(1000.0 * span_s / tokens, parts)
             self.sampled_s = now_s
             self.next_sample_s = now_s + SAMPLE_INTERVAL_S
@@ -490,36 +502,6 @@ class InstanceBook:
         flight.window_context_s = self._context_s
         flight.window_tokens = flight.told
         self._open_window(flight)
-
-
-class Ratio:
-    """Observed over predicted, as a ratio of means: what the form of a prediction leaves out (who comes later, steps that are not seen)."""
-
-    __slots__ = ("_observed", "_predicted", "_weight", "value")
-
-    def __init__(self) -> None:
-        self._observed = self._predicted = self._weight = 0.0
-        self.value = 1.0
-
-    def observe(self, predicted: float, observed: float) -> None:
-        if predicted <= 0.0 or not 0.0 <= observed < math.inf:
-            return
-        observed = min(observed, 10.0 * predicted)
-        self._observed = RATIO_FADE * self._observed + observed
-        self._predicted = RATIO_FADE * self._predicted + predicted
-        self._weight = RATIO_FADE * self._weight + 1.0
-        mean = self._predicted / self._weight
-        value = (self._observed + RATIO_PRIOR * mean) / (self._predicted + RATIO_PRIOR * mean)
-        self.value = min(3.0, max(1.0 / 3.0, value))
-
-    def forget(self) -> None:
-        self._observed = self._predicted = self._weight = 0.0
-        self.value = 1.0
-
-
-#: the ratio remembers some 200 requests, and begins as if 20 had been as predicted
-RATIO_FADE: Final = 0.995
-RATIO_PRIOR: Final = 20.0
 
 
 def _present_share(length_s: float, residence_s: float) -> float:

@@ -51,7 +51,8 @@ class LengthClass:
         if sketch.count < 64 or self._dirty >= _LAZY:
             self._dirty = 0
             self.p50 = sketch.quantile(0.5)
-            self.p90 = sketch.quantile(0.9)
+            # the share of new values that stay below the k-th of n is k / (n + 1): of few, a higher one is the P90
+            self.p90 = sketch.quantile(min(1.0, 0.9 * (1.0 + 1.0 / sketch.count)))
 
 
 class Lengths:

@@ -12,8 +12,8 @@ from control_plane.types import ExecutionInstance, RequestMetadata
 
 
 class LoadBalanced(RoutingStrategy):
-    """argmin of (predicted ms in flight there + this request's own service there): a slow instance's milliseconds are longer, so each
-    gets work in proportion to its speed. Blind to prefixes."""
+    """argmin of (predicted ms in flight there + this request's own service there + what its prompt delays those that decode there): a slow
+    instance's milliseconds are longer, so each gets work in proportion to its speed. Blind to prefixes."""
 
     name = "load_balanced"
 

@@ -91,7 +91,8 @@ class ScoredPlacement(Placement):
 
 
 def work_ms(request: RequestMetadata, candidates: Sequence[ExecutionInstance], view: FleetView) -> tuple[list[float], list[float]]:
-    """Of each candidate (predicted work in flight there plus this request's own service, the service alone), milliseconds.
+    """Of each candidate (predicted work in flight there plus this request's own service and what its prompt delays those that decode there,
+    the service alone), milliseconds.
 
     What is in flight is the fleet's own account where it has one; of an instance that only tells counts or a load, the request's
     service times the count, or by processor sharing load / (1 - load). Data-parallel ranks work side by side and share it.
@@ -100,8 +101,10 @@ def work_ms(request: RequestMetadata, candidates: Sequence[ExecutionInstance], v
     services: list[float]
     if isinstance(predictor, LatencyPredictor):  # one call for all; the protocol asks for one instance at a time
         services = predictor.services_ms(request, candidates)
+        delays = predictor.delays_ms(request, candidates)
     else:
         services = [predictor.service_ms(request, instance) for instance in candidates]
+        delays = [0.0] * len(services)
     totals: list[float] = []
     for at, instance in enumerate(candidates):
         service_ms = services[at]
@@ -111,9 +114,9 @@ def work_ms(request: RequestMetadata, candidates: Sequence[ExecutionInstance], v
             in_flight_ms = _unaccounted_ms(live, service_ms)
         if in_flight_ms:
             ranks: float = live.data_parallel_size
-            totals.append(service_ms + in_flight_ms / ranks)
+            totals.append(service_ms + delays[at] + in_flight_ms / ranks)
         else:
-            totals.append(service_ms)
+            totals.append(service_ms + delays[at])
     return totals, services
 
 

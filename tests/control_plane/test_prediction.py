@@ -25,7 +25,8 @@ def instance(**fields: object) -> ExecutionInstance:
 
 
 class Engine:
-    """One engine as the predictor meets it: one prompt a step, then all decode together, each step as long as ``step_ms`` says."""
+    """One engine as the predictor meets it: in each step everybody who decodes gets a token, and first one prompt a step is computed beside
+    them; a step is as long as ``step_ms`` says."""
 
     def __init__(self, predictor: LatencyPredictor, clock: ManualClock, where: ExecutionInstance, slower: float = 1.0) -> None:
         self.predictor, self.clock, self.where = predictor, clock, where
@@ -48,6 +49,8 @@ class Engine:
             flight = self.predictor.began(request, self.where, sent_s, streamed=True)
             self.where.active_requests += 1
             self.clock.advance(self.step_ms(tokens, len(flights)) / 1000)
+            for earlier, _ in flights:
+                earlier.book.tokens(earlier, 1, earlier.first_s, self.clock.now_s())
             flight.book.tokens(flight, 1, self.clock.now_s(), self.clock.now_s())
             flights.append((flight, request))
             found = [flight.predicted_ttft_ms, 1000 * (self.clock.now_s() - sent_s)]
@@ -61,7 +64,7 @@ class Engine:
         for flight, request in flights:
             flight.book.leave(flight, now_s, well=True)
             self.where.active_requests -= 1
-            self.predictor.ended(flight, request, self.where, Usage(tokens, outputs, 0, exact=True), now_s, now_s)
+            self.predictor.ended(flight, request, self.where, Usage(tokens, flight.told, 0, exact=True), now_s, now_s)
         return [*found, flights[-1][0].predicted_tpot_ms, 1000 * (now_s - began_s) / (outputs - 1)]
 
 
@@ -178,6 +181,19 @@ def test_what_waits_is_waited_for() -> None:
     assert waits.ttft_ms > idle_ms + 0.7 * engine.step_ms(12_000, 0)
     assert predictor.wait_ms(where) > 0.0
     assert waits.ttft_ms == pytest.approx((waits.delay_ms + waits.wait_ms + waits.prefill_ms) * waits.correction)
+
+
+def test_who_waits_behind_a_prompt_that_is_given_up_is_next() -> None:
+    predictor, where = LatencyPredictor(), instance()
+    first, second = (
+        predictor.began(RequestMetadata(prompt="x", model_name=MODEL, input_tokens=4000), where, at_s, streamed=True) for at_s in (1.0, 1.1)
+    )
+    book = second.book
+    assert (book.current_prompts, book.late_prompts) == (1.0, 1.0)
+    book.leave(first, 1.2, well=False)
+
+    assert (book.current_prompts, book.late_prompts, book.current_s) == (1.0, 0.0, 1.2)
+    assert book.current_tokens == 4000.0
 
 
 def test_cached_tokens_are_not_computed() -> None:
