@@ -59,8 +59,8 @@ class ControlPlaneManager:
 
     Args:
         scheduling_policy: a name (fifo, priority, slo_aware, cost_optimized, adaptive), ``"module:Class"``, or an object.
-        routing_strategy: a name (load_balanced, round_robin, random, power_of_two, least_response_time, affinity, locality),
-            ``"module:Class"``, or an object.
+        routing_strategy: a name (load_balanced, round_robin, random, power_of_two, least_response_time, affinity, locality,
+            prefix_aware, predicted_latency, adaptive), ``"module:Class"``, or an object.
         enable_pd_separation: prefer specialised instances by a request's phase; off too when ``pd_config.enabled`` is False.
         enable_monitoring: scrape engines and keep quantiles. Counting goes on without.
         enable_auto_scaling: not available yet; True raises ConfigurationError.

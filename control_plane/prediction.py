@@ -19,6 +19,7 @@ from typing import Final, TypeVar, cast
 
 from control_plane.clock import Clock
 from control_plane.live_state import LiveState, RequestFields
+from control_plane.predicting import newcomer
 from control_plane.predicting.arrivals import Arrivals
 from control_plane.predicting.book import Flight, InstanceBook
 from control_plane.predicting.calibration import Calibration, calibrations
@@ -201,34 +202,19 @@ class LatencyPredictor:
     def marginal_tpot_ms(self, instance: ExecutionInstance) -> float:
         """Milliseconds by which one request more, with a context as those have that decode, lengthens every decode step there."""
         model = self._model(instance)
-        steps, batch, kv_tokens = model.steps, self._batch(model, instance), self._kv_tokens(model, instance)
+        batch, kv_tokens = self._batch(model, instance), self._kv_tokens(model, instance)
         own = kv_tokens / batch if batch > 0.0 else TYPICAL_CONTEXT_TOKENS
-        return (steps.decode_ms(batch + 1.0, kv_tokens + own) - steps.decode_ms(batch, kv_tokens)) / model.ranks
+        return newcomer.marginal_tpot_ms(model.steps, float(model.ranks), batch, kv_tokens, own)
 
     def prompt_ms(self, instance: ExecutionInstance, cached_tokens: int, uncached_tokens: int) -> tuple[float, float, float]:
-        """Of a prompt that comes now: the steps of the prompts ahead of it, as if none were begun; its own; and by how much it lengthens
-        the steps of those in flight on top of the prompts ahead. The first prompt of a step costs the others less than what comes on top,
-        since the weights are read anyway."""
+        """Of a prompt that comes now: the steps of the prompts ahead of it, its own, and by how much it lengthens those of the others."""
         model = self._model(instance)
-        steps, book, ranks = model.steps, model.book, model.ranks
         batch, kv_tokens = self._batch(model, instance), self._kv_tokens(model, instance)
-        uncached = float(uncached_tokens)
-        pairs = uncached * (cached_tokens + 0.5 * uncached)
-        decode_ms = steps.decode_ms(batch, kv_tokens)
-        own_ms = steps.prefill_ms(uncached, pairs, 1.0, batch, kv_tokens)
-        ahead = (book.current_tokens + book.late_tokens) / ranks
-        if ahead > 0.0:
-            more, prompts = (book.current_pairs + book.late_pairs) / ranks, (book.current_prompts + book.late_prompts) / ranks
-            ahead_ms = steps.prefill_ms(ahead, more, prompts, batch, kv_tokens)
-            all_ms = steps.prefill_ms(ahead + uncached, more + pairs, prompts + 1.0, batch, kv_tokens)
-            further = steps.steps_of(ahead + uncached, batch) - steps.steps_of(ahead, batch)
-            stall_ms = max(0.0, all_ms - ahead_ms - further * decode_ms)
-            ahead_ms -= decode_ms
-        else:
-            ahead_ms = 0.0
-            stall_ms = max(0.0, own_ms - steps.steps_of(uncached, batch) * decode_ms)
+        ahead_ms, own_ms, stall_ms = newcomer.prompt_ms(
+            model.steps, model.book, batch, kv_tokens, float(cached_tokens), float(uncached_tokens)
+        )
         believed = self._believed(model, self._now_s())
-        correction = book.ttft_ratio.value * believed
+        correction = model.book.ttft_ratio.value * believed
         return ahead_ms * correction, own_ms * correction, stall_ms * believed
 
     def queued(self, instance: ExecutionInstance) -> Queued:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from control_plane.router.adaptive import AdaptiveRouting
 from control_plane.router.affinity import Affinity
 from control_plane.router.base import RoutingStrategy
 from control_plane.router.foreign import ForeignStrategy
@@ -20,6 +21,7 @@ from control_plane.router.table import ROUTERS, create_strategy
 
 __all__ = [
     "ROUTERS",
+    "AdaptiveRouting",
     "Affinity",
     "ForeignStrategy",
     "LeastResponseTime",

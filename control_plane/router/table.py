@@ -6,6 +6,7 @@ from collections.abc import Callable
 from random import Random
 
 from control_plane.loading import load_object, unknown_name
+from control_plane.router.adaptive import AdaptiveRouting
 from control_plane.router.affinity import Affinity
 from control_plane.router.base import RoutingStrategy
 from control_plane.router.foreign import ForeignStrategy
@@ -29,6 +30,7 @@ ROUTERS: dict[str, Callable[[Random], RoutingStrategy]] = {
     Locality.name: lambda rng: Locality(),
     PrefixAware.name: PrefixAware,
     PredictedLatency.name: PredictedLatency,
+    AdaptiveRouting.name: AdaptiveRouting,
 }
 #: how the rules of other projects are called, which are there to compare with
 RIVAL = "rival:"

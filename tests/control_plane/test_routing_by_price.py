@@ -12,7 +12,8 @@ from routing_world import RoundNumbers, ToldPrefixes, World, asking
 from control_plane.clock import ManualClock
 from control_plane.policies import decide
 from control_plane.prediction import LatencyPredictor
-from control_plane.router import PredictedLatency, PrefixAware, create_strategy
+from control_plane.router import AdaptiveRouting, PredictedLatency, PrefixAware, create_strategy
+from control_plane.router.adaptive import LEAST_COMPARED, LOOK_EVERY
 from control_plane.router.placement import MAX_HOLDERS, SAMPLE_SIZE
 from control_plane.router.pricing import PARTS, batches_of, priced
 from control_plane.types import ExecutionInstance
@@ -181,3 +182,33 @@ def test_a_batch_is_never_less_than_what_is_ours(rows: list[tuple[int, float, in
     instances = [seen_by_two(*row) for row in rows]
 
     assert all(batch >= instance.active_requests for batch, instance in zip(batches_of(instances), instances, strict=True))
+
+
+# -- adaptive --------------------------------------------------------------------------------------------------------------------
+
+
+def told(predictor: LatencyPredictor, predicted_ms: float, observed_ms: float, times: int) -> None:
+    for _ in range(times):
+        predictor.calibration["tpot_ms"].observe(predicted_ms, predicted_ms, observed_ms)
+
+
+def test_adaptive_leaves_prices_while_predictions_are_wrong_and_says_so() -> None:
+    instances = [ExecutionInstance(f"i{k}", model_name="m") for k in range(3)]
+    strategy, predictor = AdaptiveRouting(Random(0)), LatencyPredictor()
+    view = StaticView(instances, predictor=predictor)
+
+    def look() -> str:
+        for _ in range(LOOK_EVERY):
+            strategy.place(asking(100, session_id="s"), instances, view)
+        return strategy.place(asking(100, session_id="s"), instances, view).reason
+
+    told(predictor, 20.0, 10.0, LEAST_COMPARED - 1)
+    assert look().startswith("least predicted loss"), "too few were compared"
+    told(predictor, 20.0, 10.0, 1)
+    reason = look()
+    assert reason.startswith("home of its session")
+    assert "predictions are off by 100%" in reason
+    told(predictor, 13.0, 10.0, 20_000)
+    assert look().startswith("home of its session"), "30 % is better, not good"
+    told(predictor, 11.0, 10.0, 20_000)
+    assert look().startswith("least predicted loss")
