@@ -93,11 +93,11 @@ class Predictor(Protocol):
     def tpot_ms(self, instance: ExecutionInstance) -> float:
         """Milliseconds per further output token at its present batch."""
 
-    def marginal_tpot_ms(self, instance: ExecutionInstance) -> float:
-        """Milliseconds by which one request more lengthens every decode step there."""
-
-    def prompt_ms(self, instance: ExecutionInstance, cached_tokens: int, uncached_tokens: int) -> tuple[float, float, float]:
-        """Of a prompt that comes now: the steps of the prompts ahead of it, its own, and by how much it lengthens those of the others."""
+    def newcomers_ms(
+        self, instances: Sequence[ExecutionInstance], cached_tokens: Sequence[int], prompt_tokens: int
+    ) -> list[tuple[float, float, float, float, float]]:
+        """Of a request that comes now, on each of them: the steps of the prompts ahead of its own; those of its own; by how much it
+        lengthens those of the others; each step of its answer; by how much it lengthens each step of theirs."""
 
     def queued(self, instance: ExecutionInstance) -> Queued:
         """What was sent there and has not come back."""

@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Final
 
 from control_plane.live_state import LiveState
-from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import FleetView
 from control_plane.router.placement import Placement, recorded, recorded_order, sample_note
 from control_plane.types import Candidate, ExecutionInstance, RequestMetadata
@@ -105,18 +104,12 @@ def priced(request: RequestMetadata, seen: Sequence[ExecutionInstance], view: Fl
     outputs = predictor.output_tokens(request)
     found = Prices(seen, prefixes.cached_tokens_of(request, seen))
     batches = batches_of(seen)
-    known = predictor if isinstance(predictor, LatencyPredictor) else None
+    told = predictor.newcomers_ms(seen, found.cached_tokens, inputs)
     for at, instance in enumerate(seen):
         live: LiveState = instance
-        cached = found.cached_tokens[at]
         # the engine computes at least the last token anew
-        uncached = max(1, inputs - cached)
-        if known is not None:  # compiled calls; the protocol's cost an attribute look-up each
-            ahead_ms, prefill_ms, stall_ms = known.prompt_ms(instance, cached, uncached)
-            tpot_ms, marginal_ms = known.tpot_ms(instance), known.marginal_tpot_ms(instance)
-        else:
-            ahead_ms, prefill_ms, stall_ms = predictor.prompt_ms(instance, cached, uncached)
-            tpot_ms, marginal_ms = predictor.tpot_ms(instance), predictor.marginal_tpot_ms(instance)
+        uncached = max(1, inputs - found.cached_tokens[at])
+        ahead_ms, prefill_ms, stall_ms, tpot_ms, marginal_ms = told[at]
         batch = batches[at]
         ours: float = live.active_requests
         tpot_ms += (batch - ours) * marginal_ms

@@ -32,17 +32,20 @@ class RoundNumbers:
     def tpot_ms(self, instance: ExecutionInstance) -> float:
         return 20.0 + instance.active_requests + 1
 
-    def marginal_tpot_ms(self, instance: ExecutionInstance) -> float:
-        return 1.0
-
     def wait_ms(self, instance: ExecutionInstance) -> float:
         return self.queued(instance).prompt_tokens
 
     def queued(self, instance: ExecutionInstance) -> Queued:
         return self.in_queue.get(instance.instance_id) or Queued(0.0, 0.0, 0.0)
 
-    def prompt_ms(self, instance: ExecutionInstance, cached_tokens: int, uncached_tokens: int) -> tuple[float, float, float]:
-        return self.wait_ms(instance), self.prefill_ms(instance, uncached_tokens), float(uncached_tokens)
+    def newcomers_ms(
+        self, instances: Sequence[ExecutionInstance], cached_tokens: Sequence[int], prompt_tokens: int
+    ) -> list[tuple[float, float, float, float, float]]:
+        uncached = [prompt_tokens - cached for cached in cached_tokens]
+        return [
+            (self.wait_ms(one), self.prefill_ms(one, tokens), float(tokens), self.tpot_ms(one), 1.0)
+            for one, tokens in zip(instances, uncached, strict=True)
+        ]
 
     def service_ms(self, request: RequestMetadata, instance: ExecutionInstance) -> float:
         return self.prefill_ms(instance, self.input_tokens(request)) + OUTPUT_TOKENS * self.tpot_ms(instance)
