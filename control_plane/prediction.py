@@ -215,14 +215,12 @@ class LatencyPredictor:
             kv_tokens = book.context_tokens / model.ranks if book.in_flight else batch * TYPICAL_CONTEXT_TOKENS
             cached = cached_tokens[at]
             uncached = prompt_tokens - cached
-            ahead_ms, own_ms, stall_ms, longer_ms = newcomer.steps_ms(
+            ahead_ms, own_ms, stall_ms, step_ms, longer_ms = newcomer.steps_ms(
                 steps, book, batch, kv_tokens, float(cached), float(uncached) if uncached > 0 else 1.0
             )
-            plain_ms, beside_ms = self._tpot_parts_ms(model, live, TYPICAL_CONTEXT_TOKENS, 0.0, 0.0, 0.0, 0.0, 1.0, now_s)
             believed = self._believed(model, now_s)
             correction = book.ttft_ratio.value * believed
-            tpot_ms = (plain_ms + beside_ms * book.tpot_ratio.value) * believed
-            found.append((ahead_ms * correction, own_ms * correction, stall_ms * believed, tpot_ms, longer_ms * believed))
+            found.append((ahead_ms * correction, own_ms * correction, stall_ms * believed, step_ms * believed, longer_ms * believed))
         return found
 
     def queued(self, instance: ExecutionInstance) -> Queued:

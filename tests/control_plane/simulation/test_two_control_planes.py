@@ -92,7 +92,7 @@ class Shared:
         assert not any(sink.failure for sink in sinks)
 
 
-@pytest.mark.parametrize("strategy", ["predicted_latency", "prefix_aware"])
+@pytest.mark.parametrize("strategy", ["predicted_latency", "adaptive"])
 def test_two_that_decide_at_once_spread_nearly_as_well_as_one(strategy: str) -> None:
     one, two = (Shared(planes, strategy, seed=3).run() for planes in (1, 2))
     blind = Shared(2, "random", seed=3).run()
