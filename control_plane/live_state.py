@@ -38,6 +38,7 @@ class LiveState:
     port: Any
     api_key: Any
     priority_scheduling: Any
+    others_requests: Any
 
 
 #: what is declared above
@@ -65,6 +66,7 @@ LIVE_FIELDS = (
     "port",
     "api_key",
     "priority_scheduling",
+    "others_requests",
 )
 
 #: what is declared below

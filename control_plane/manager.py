@@ -38,6 +38,7 @@ from control_plane.router import LoadBalancer, RequestRouter, RoutingStrategy
 from control_plane.time_limits import QueueTimeLimits
 from control_plane.transport import ClientLimits
 from control_plane.types import (
+    Candidate,
     ExecutionInstance,
     PDMetrics,
     PDSeparationConfig,
@@ -58,8 +59,8 @@ class ControlPlaneManager:
 
     Args:
         scheduling_policy: a name (fifo, priority, slo_aware, cost_optimized, adaptive), ``"module:Class"``, or an object.
-        routing_strategy: a name (load_balanced, round_robin, random, power_of_two, least_response_time, affinity, locality),
-            ``"module:Class"``, or an object.
+        routing_strategy: a name (load_balanced, round_robin, random, power_of_two, least_response_time, affinity, locality,
+            prefix_aware, predicted_latency, adaptive), ``"module:Class"``, or an object.
         enable_pd_separation: prefer specialised instances by a request's phase; off too when ``pd_config.enabled`` is False.
         enable_monitoring: scrape engines and keep quantiles. Counting goes on without.
         enable_auto_scaling: not available yet; True raises ConfigurationError.
@@ -550,5 +551,12 @@ def describe_decision(decision: SchedulingDecision) -> dict[str, Any]:
         "estimated_latency_ms": round(decision.estimated_latency_ms, 3),
         "estimated_cost_usd": decision.estimated_cost,
         "legs": [{"instance_id": leg.instance_id, "role": str(leg.role)} for leg in decision.plan.legs],
-        "candidates": [{"instance_id": c.instance_id, "predicted_ms": round(c.predicted_ms, 3)} for c in decision.candidates],
+        "candidates": [_describe_candidate(c, decision.parts.get(c.instance_id)) for c in decision.candidates],
     }
+
+
+def _describe_candidate(candidate: Candidate, parts: Mapping[str, float] | None) -> dict[str, Any]:
+    told: dict[str, Any] = {"instance_id": candidate.instance_id, "predicted_ms": round(candidate.predicted_ms, 3)}
+    if parts:
+        told["parts"] = {name: round(value, 3) for name, value in parts.items()}
+    return told

@@ -19,14 +19,17 @@ from typing import Final, TypeVar, cast
 
 from control_plane.clock import Clock
 from control_plane.live_state import LiveState, RequestFields
+from control_plane.predicting import newcomer
 from control_plane.predicting.arrivals import Arrivals
 from control_plane.predicting.book import Flight, InstanceBook
 from control_plane.predicting.calibration import Calibration, calibrations
 from control_plane.predicting.hits import HitShares
 from control_plane.predicting.lengths import LengthClass, Lengths, remaining
+from control_plane.predicting.newcomer import TYPICAL_CONTEXT_TOKENS
 from control_plane.predicting.priors import prior_of
 from control_plane.predicting.spending import MS_PER_HOUR, Spending
 from control_plane.predicting.step_model import SIZE, StepModel
+from control_plane.protocols import Queued
 from control_plane.types import ExecutionInstance, RequestKind, RequestMetadata, Usage
 
 #: so many ends of an instance all teach; after that one in so many seconds does, which follows any drift and costs nothing under load
@@ -35,8 +38,7 @@ SAMPLE_INTERVAL_S: Final = 0.02
 #: batch at which an instance counts as well used: what a request's own work there is, before history says how it is used
 NOMINAL_BATCH: Final = 32.0
 BYTES_PER_TOKEN_PRIOR: Final = 4.0
-#: of an instance whose requests are not known here one by one: context of each, and the share of its work that a newcomer waits for
-TYPICAL_CONTEXT_TOKENS: Final = 1000.0
+#: of an instance whose requests are not known here one by one: the share of its work that a newcomer waits for
 WAIT_SHARE: Final = 0.01
 #: an idle instance that was faster once is believed to be again: so long after the last sample, halving each so many seconds; after a
 #: trial that showed that it is not, twice as long
@@ -196,6 +198,36 @@ class LatencyPredictor:
         now_s = self._now_s()
         plain_ms, beside_ms = self._tpot_parts_ms(model, instance, TYPICAL_CONTEXT_TOKENS, 0.0, 0.0, 0.0, 0.0, 1.0, now_s)
         return (plain_ms + beside_ms * model.book.tpot_ratio.value) * self._believed(model, now_s)
+
+    def newcomers_ms(
+        self, instances: Sequence[ExecutionInstance], cached_tokens: Sequence[int], prompt_tokens: int
+    ) -> list[tuple[float, float, float, float, float]]:
+        """Of a request that comes now, on each of them: the steps of the prompts ahead of its own; those of its own; by how much it
+        lengthens those of the others; each step of its answer; by how much it lengthens each step of theirs."""
+        now_s = self._now_s()
+        found: list[tuple[float, float, float, float, float]] = []
+        for at, instance in enumerate(instances):
+            live: LiveState = instance
+            model = self._model(live)
+            steps, book = model.steps, model.book
+            in_flight: float = live.active_requests
+            batch = max(book.in_flight, in_flight) / model.ranks
+            kv_tokens = book.context_tokens / model.ranks if book.in_flight else batch * TYPICAL_CONTEXT_TOKENS
+            cached = cached_tokens[at]
+            uncached = prompt_tokens - cached
+            ahead_ms, own_ms, stall_ms, step_ms, longer_ms = newcomer.steps_ms(
+                steps, book, batch, kv_tokens, float(cached), float(uncached) if uncached > 0 else 1.0
+            )
+            believed = self._believed(model, now_s)
+            correction = book.ttft_ratio.value * believed
+            found.append((ahead_ms * correction, own_ms * correction, stall_ms * believed, step_ms * believed, longer_ms * believed))
+        return found
+
+    def queued(self, instance: ExecutionInstance) -> Queued:
+        """What was sent there and has not come back."""
+        book = self._model(instance).book
+        waiting = book.current_tokens + book.late_tokens
+        return Queued(book.current_prompts + book.late_prompts, waiting, book.context_tokens + waiting)
 
     def wait_ms(self, instance: LiveState) -> float:
         """Until the step in which a newcomer's prompt is computed can begin."""

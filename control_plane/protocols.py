@@ -8,7 +8,7 @@ All of it runs on one event loop, in one thread, so between view and decision no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from control_plane.errors import ControlPlaneError
 from control_plane.types import ExecutionInstance, Leg, RequestMetadata
@@ -63,6 +63,24 @@ class PrefixMatches(Protocol):
     def cached_tokens(self, request: RequestMetadata, instance: ExecutionInstance) -> int:
         """Tokens of the prompt whose KV blocks that instance is believed to hold."""
 
+    def cached_tokens_of(self, request: RequestMetadata, instances: Sequence[ExecutionInstance]) -> list[int]:
+        """:meth:`cached_tokens` on each of them; the prompt is looked at once."""
+
+    def holders(self, request: RequestMetadata, limit: int) -> Sequence[ExecutionInstance]:
+        """The instances that hold the most of the prompt, at most ``limit``, the most first; empty where nobody knows."""
+
+    def lost_tokens(self, instance: ExecutionInstance, tokens: int) -> float:
+        """How many tokens are expected to be computed again because ``tokens`` new ones take their room in its cache."""
+
+
+class Queued(NamedTuple):
+    """What is in flight on one instance, first hand: ``prompts`` of which no token has come and their ``prompt_tokens`` that its cache did
+    not hold, ``context_tokens`` of all in flight."""
+
+    prompts: float
+    prompt_tokens: float
+    context_tokens: float
+
 
 class Predictor(Protocol):
     """Milliseconds and dollars, finite from the first call on (a roofline prior stands in until there are samples)."""
@@ -74,6 +92,15 @@ class Predictor(Protocol):
 
     def tpot_ms(self, instance: ExecutionInstance) -> float:
         """Milliseconds per further output token at its present batch."""
+
+    def newcomers_ms(
+        self, instances: Sequence[ExecutionInstance], cached_tokens: Sequence[int], prompt_tokens: int
+    ) -> list[tuple[float, float, float, float, float]]:
+        """Of a request that comes now, on each of them: the steps of the prompts ahead of its own; those of its own; by how much it
+        lengthens those of the others; each step of its answer; by how much it lengthens each step of theirs."""
+
+    def queued(self, instance: ExecutionInstance) -> Queued:
+        """What was sent there and has not come back."""
 
     def wait_ms(self, instance: ExecutionInstance) -> float:
         """What is in flight there ahead of a newcomer, until its first token could start."""

@@ -347,6 +347,10 @@ class EngineStats:
     preemptions: int = 0
     version: str | None = None
     simulated: bool = False
+    #: ours in flight there at that scrape
+    ours: int = 0
+    #: requests that it had beyond ours at that scrape
+    beyond_ours: int = 0
 
 
 @dataclass(eq=False)
@@ -402,6 +406,8 @@ class ExecutionInstance(LiveState):
     #: runs ``--scheduling-policy priority``: the wire's integer priority is sent there
     priority_scheduling: bool = False
     engine: EngineStats = field(default_factory=EngineStats)
+    #: requests of other clients there as the last scrapes tell (written by the fleet)
+    others_requests: float = 0.0
 
     def __post_init__(self, is_healthy: bool | None) -> None:
         if type(self) is not ExecutionInstance:
@@ -594,6 +600,8 @@ class SchedulingDecision:
     router: str
     #: the request's own service there in predicted milliseconds, without waiting; None where only the sum was told
     service_ms: float | None
+    #: by candidate, what its predicted milliseconds are made of, where the router went by parts (with ``cached_tokens`` beside them)
+    parts: Mapping[str, Mapping[str, float]] = field(hash=False)
 
     def __init__(
         self,
@@ -610,6 +618,7 @@ class SchedulingDecision:
         policy: str = "",
         router: str = "",
         service_ms: float | None = None,
+        parts: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
         # one update of the instance dict: a frozen dataclass's own __init__ costs four times as much, and this is the hot path
         self.__dict__.update(
@@ -626,6 +635,7 @@ class SchedulingDecision:
             policy=policy,
             router=router,
             service_ms=service_ms,
+            parts=parts if parts is not None else {},
         )
 
     @property

@@ -15,6 +15,15 @@ class NoPrefixes:
     def cached_tokens(self, request: RequestMetadata, instance: ExecutionInstance) -> int:
         return 0
 
+    def cached_tokens_of(self, request: RequestMetadata, instances: Sequence[ExecutionInstance]) -> list[int]:
+        return [0] * len(instances)
+
+    def holders(self, request: RequestMetadata, limit: int) -> Sequence[ExecutionInstance]:
+        return ()
+
+    def lost_tokens(self, instance: ExecutionInstance, tokens: int) -> float:
+        return 0.0
+
 
 class StaticView:
     """Satisfies :class:`~control_plane.protocols.FleetView`. The instances are read as they are at the moment of a question."""

@@ -224,7 +224,7 @@ def compare(
     fleet: Annotated[str, typer.Option(metavar="COUNTxPROFILE[:ROLE],...", help="Such as 8xh100-llama3-8b.")],
     scheduling_policies: Annotated[str, typer.Option(metavar="NAME,...", help="Orders of the queue, or module:Class.")] = "adaptive",
     routing_strategies: Annotated[
-        str, typer.Option(metavar="NAME,...", help="Choices of the instance, or module:Class.")
+        str, typer.Option(metavar="NAME,...", help="Choices of the instance, rival:NAME (docs/ROUTING.md), or module:Class.")
     ] = "load_balanced",
     rates: Annotated[
         str, typer.Option(metavar="RATE,...", help="Shares of the fleet's capacity, or requests a second such as 20rps.")

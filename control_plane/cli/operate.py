@@ -112,9 +112,16 @@ def explain(client: AdminClient, request_id: str, json_file: str | None) -> None
             out.print(line, markup=False)
         candidates = (found.get("decision") or {}).get("candidates") or []
         if candidates:
-            out.print(
-                table("Candidates, best first", ("instance", "predicted ms"), [(c["instance_id"], c["predicted_ms"]) for c in candidates])
-            )
+            columns, rows = candidate_rows(candidates)
+            out.print(table("Candidates, best first", columns, rows))
+
+
+def candidate_rows(candidates: list[dict[str, Any]]) -> tuple[tuple[str, ...], list[tuple[Any, ...]]]:
+    """Columns and rows: each candidate's milliseconds, and what they are made of where the router went by parts."""
+    names = list(dict.fromkeys(name for one in candidates for name in one.get("parts") or ()))
+    columns = ("instance", "predicted ms", *(name.replace("_", " ") for name in names))
+    rows = [(one["instance_id"], one["predicted_ms"], *((one.get("parts") or {}).get(name) for name in names)) for one in candidates]
+    return columns, rows
 
 
 def explain_lines(found: dict[str, Any]) -> Iterator[str]:

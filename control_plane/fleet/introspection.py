@@ -85,6 +85,11 @@ class Introspection:
         stats.at_s = record.scraped_s
         stats.running = scrape.running or 0
         stats.waiting = scrape.waiting or 0
+        stats.ours = record.instance.active_requests
+        beyond = max(0, stats.running + stats.waiting - stats.ours)
+        # what only one scrape has beyond ours may be ours, ended a moment ago
+        record.instance.others_requests = float(min(beyond, stats.beyond_ours))
+        stats.beyond_ours = beyond
         stats.kv_cache_usage = scrape.kv_cache_usage or 0.0
         stats.prefix_cache_queries = scrape.prefix_cache_queries or 0
         stats.prefix_cache_hits = scrape.prefix_cache_hits or 0

@@ -77,6 +77,7 @@ class Decided:
             policy=self.policy,
             router=self.router,
             service_ms=self.service_ms,
+            parts=placement.parts,
         )
         return self._decision
 

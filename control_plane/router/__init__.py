@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from control_plane.router.adaptive import AdaptiveRouting
 from control_plane.router.affinity import Affinity
 from control_plane.router.base import RoutingStrategy
 from control_plane.router.foreign import ForeignStrategy
@@ -11,6 +12,8 @@ from control_plane.router.load_balancer import LoadBalancer
 from control_plane.router.locality import Locality
 from control_plane.router.placement import Placement
 from control_plane.router.power_of_two import PowerOfTwo
+from control_plane.router.predicted_latency import PredictedLatency
+from control_plane.router.prefix_aware import PrefixAware
 from control_plane.router.random_choice import RandomChoice
 from control_plane.router.request_router import RequestRouter
 from control_plane.router.round_robin import RoundRobin
@@ -18,6 +21,7 @@ from control_plane.router.table import ROUTERS, create_strategy
 
 __all__ = [
     "ROUTERS",
+    "AdaptiveRouting",
     "Affinity",
     "ForeignStrategy",
     "LeastResponseTime",
@@ -26,6 +30,8 @@ __all__ = [
     "Locality",
     "Placement",
     "PowerOfTwo",
+    "PredictedLatency",
+    "PrefixAware",
     "RandomChoice",
     "RequestRouter",
     "RoundRobin",

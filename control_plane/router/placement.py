@@ -58,6 +58,11 @@ class Placement:
     def reason(self) -> str:
         return self._reason
 
+    @property
+    def parts(self) -> dict[str, dict[str, float]]:
+        """Of each recorded candidate what its milliseconds are made of, where the router went by parts."""
+        return {}
+
 
 class ScoredPlacement(Placement):
     """One whose ``candidates`` and ``reason`` are written out when somebody looks at them, from the scores that it went by."""
@@ -121,24 +126,30 @@ def _unaccounted_ms(instance: LiveState, service_ms: float) -> float:
     return service_ms * max(active, (1.0 - free) / free)
 
 
-def recorded(candidates: Sequence[ExecutionInstance], scores_ms: Sequence[float], chosen: int) -> tuple[Candidate, ...]:
-    """The best MAX_RECORDED by score, ties in the order given, and the chosen one in the last place where it is not among them."""
-    n = len(candidates)
+def recorded_order(scores_ms: Sequence[float], chosen: int) -> list[int]:
+    """Which are recorded: the best MAX_RECORDED by score, ties in the order given, and the chosen one in the last place where it is not
+    among them."""
+    n = len(scores_ms)
     if n <= MAX_RECORDED:
-        order = sorted(range(n), key=scores_ms.__getitem__)
-    else:
-        order = heapq.nsmallest(MAX_RECORDED, range(n), key=scores_ms.__getitem__)
-        if chosen not in order:
-            order[-1] = chosen
+        return sorted(range(n), key=scores_ms.__getitem__)
+    order = heapq.nsmallest(MAX_RECORDED, range(n), key=scores_ms.__getitem__)
+    if chosen not in order:
+        order[-1] = chosen
+    return order
+
+
+def recorded(candidates: Sequence[ExecutionInstance], scores_ms: Sequence[float], chosen: int) -> tuple[Candidate, ...]:
+    """What is kept of a decision, in :func:`recorded_order`."""
     found: list[Candidate] = []
-    for k in order:
+    for k in recorded_order(scores_ms, chosen):
         live: LiveState = candidates[k]
         found.append(_new(Candidate, (live.instance_id, scores_ms[k])))
     return tuple(found)
 
 
 def sampled(request: RequestMetadata, candidates: Sequence[ExecutionInstance], view: FleetView, rng: Random) -> Sequence[ExecutionInstance]:
-    """The candidates to compare: all, or of more than SAMPLE_ABOVE a random SAMPLE_SIZE and the holders of the prefix."""
+    """The candidates to compare: all, or of more than SAMPLE_ABOVE a random SAMPLE_SIZE and up to MAX_HOLDERS that hold the prefix, those
+    that hold the most of it first."""
     n = len(candidates)
     if n <= SAMPLE_ABOVE:
         return candidates
@@ -146,9 +157,10 @@ def sampled(request: RequestMetadata, candidates: Sequence[ExecutionInstance], v
     while len(chosen) < SAMPLE_SIZE:
         chosen.add(int(random() * n))
     sample = [candidates[k] for k in sorted(chosen)]
-    holders = getattr(view.prefixes, "holders", None)
-    if holders is not None:
-        sample += [i for i in list(holders(request))[:MAX_HOLDERS] if i in candidates and i not in sample]
+    holders = view.prefixes.holders(request, MAX_HOLDERS)
+    if holders:
+        eligible, drawn = set(candidates), set(sample)
+        sample += [instance for instance in holders if instance in eligible and instance not in drawn]
     return sample
 
 

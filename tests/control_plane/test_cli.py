@@ -242,6 +242,17 @@ def test_explain_tells_where_a_request_went_and_why() -> None:
     ]
 
 
+def test_explain_shows_what_a_candidates_milliseconds_are_made_of() -> None:
+    by_parts = {"instance_id": "a", "predicted_ms": 30.0, "parts": {"waiting": 10.0, "prefill": 20.0, "cached_tokens": 512.0}}
+    plain = {"instance_id": "b", "predicted_ms": 40.0}
+
+    assert operate.candidate_rows([by_parts, plain]) == (
+        ("instance", "predicted ms", "waiting", "prefill", "cached tokens"),
+        [("a", 30.0, 10.0, 20.0, 512.0), ("b", 40.0, None, None, None)],
+    )
+    assert operate.candidate_rows([plain]) == (("instance", "predicted ms"), [("b", 40.0)])
+
+
 # ---- as processes
 
 

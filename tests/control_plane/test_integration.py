@@ -93,6 +93,20 @@ async def test_streaming_text_and_events(engines: list[SimEngine]) -> None:
         assert manager.running_requests == {}
 
 
+async def test_a_decision_is_explained_by_part(engines: list[SimEngine]) -> None:
+    async with manager_over(engines, routing_strategy="predicted_latency") as manager:
+        for name in ("first", "second"):
+            await manager.result(await manager.submit_request(RequestMetadata(request_id=name, prompt="shared words " * 300, max_tokens=4)))
+        first, second = (manager.explain(name)["decision"] for name in ("first", "second"))
+        assert second["instance_id"] == first["instance_id"], "where its beginning is cached"
+        parts = {candidate["instance_id"]: candidate["parts"] for candidate in second["candidates"]}
+        assert parts[second["instance_id"]]["cached_tokens"] > 0
+        for candidate in second["candidates"]:
+            summed = sum(value for name, value in candidate["parts"].items() if name != "cached_tokens")
+            assert summed == pytest.approx(candidate["predicted_ms"], abs=0.01)
+        assert "tokens cached there" in second["reason"]
+
+
 async def test_an_engine_that_dies_costs_no_request(engines: list[SimEngine]) -> None:
     async with manager_over(engines, routing_strategy="round_robin") as manager:
         ids = [await manager.submit_request(RequestMetadata(prompt=f"question {n}", max_tokens=300)) for n in range(30)]

@@ -78,3 +78,33 @@ async def test_the_window_takes_the_warm_request_and_window_one_is_strict(window
             end(call)
     assert order[:2] == ["first", second]
     assert sorted(order) == ["cold", "first", "warm"]
+
+
+def test_what_each_holds_and_who_holds_the_most() -> None:
+    index = PrefixIndex()
+    asked = prompt("x" * PIECE_BYTES * 3)
+    index.sent(prompt("x" * PIECE_BYTES * 2), A)
+    index.sent(asked, B)
+
+    assert index.cached_tokens_of(asked, [A, B]) == [2 * TOKENS, 3 * TOKENS]
+    assert index.holders(asked, 16) == [B, A]
+    assert index.holders(asked, 1) == [B]
+    assert index.holders(prompt("y" * PIECE_BYTES * 3), 16) == []
+    assert index.holders(prompt("short"), 16) == []
+
+
+def test_room_costs_what_is_asked_for_again_after_it_went() -> None:
+    index = PrefixIndex()
+    small = ExecutionInstance(instance_id="small", model_name="m")
+    small.engine.kv_block_size_tokens, small.engine.kv_block_count = 16, 4 * TOKENS // 16
+    index.sent(prompt("a" * PIECE_BYTES), small)
+    assert index.lost_tokens(small, 10 * TOKENS) == 0.0, "nothing ever went"
+    for k in range(400):  # six prompts in turn, of which four fit: each is asked for soon after it went
+        index.sent(prompt("bcdefg"[k % 6] * PIECE_BYTES), small)
+    missed = index.lost_tokens(small, TOKENS)
+    assert 0.6 * TOKENS < missed <= TOKENS
+    for k in range(400):  # each once, never again
+        index.sent(prompt(f"{k:04}" * (PIECE_BYTES // 4)), small)
+    assert 0.0 < index.lost_tokens(small, TOKENS) < 0.3 * missed
+    index.forget("small")
+    assert index.lost_tokens(small, TOKENS) == 0.0

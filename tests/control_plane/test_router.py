@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from random import Random
 
 import pytest
@@ -27,7 +28,7 @@ from control_plane.router import (
 from control_plane.router.placement import MAX_RECORDED, SAMPLE_SIZE
 from control_plane.router.ring import HashRing, RingCache
 from control_plane.types import ExecutionInstance, RequestMetadata
-from control_plane.view import StaticView
+from control_plane.view import NoPrefixes, StaticView
 
 
 def fleet(n: int, **fields) -> list[ExecutionInstance]:
@@ -251,7 +252,7 @@ def test_wrong_options_are_refused(make) -> None:
 # -- large fleets ----------------------------------------------------------------------------------------------------------------
 
 
-class Holders:
+class Holders(NoPrefixes):
     """A prefix index that can tell who holds a request's prefix."""
 
     def __init__(self, held_by: list[ExecutionInstance]) -> None:
@@ -260,8 +261,11 @@ class Holders:
     def cached_tokens(self, request: RequestMetadata, instance: ExecutionInstance) -> int:
         return 100 if instance in self.held_by else 0
 
-    def holders(self, request: RequestMetadata) -> list[ExecutionInstance]:
-        return self.held_by
+    def cached_tokens_of(self, request: RequestMetadata, instances: Sequence[ExecutionInstance]) -> list[int]:
+        return [self.cached_tokens(request, instance) for instance in instances]
+
+    def holders(self, request: RequestMetadata, limit: int) -> list[ExecutionInstance]:
+        return self.held_by[:limit]
 
 
 def test_above_the_bound_it_samples_and_says_so() -> None:
