@@ -3,7 +3,8 @@
     waiting   the steps of the prompts ahead of it there, and where the KV cache is full the time until enough of it is free
     prefill   the steps that compute its tokens that are not cached there
     decode    its expected answer at the batch that it makes
-    delay     to those in flight there: its prefill stalls each of them, and each of their further steps gets longer
+    delay     to those in flight there: its prefill stalls each of them, and each of their further steps gets longer; and to those who
+              come while it waits
     eviction  prefill of what its blocks push out of the cache, as far as that is expected to be asked for again
 
 The sum is what the fleet's requests lose together by this placement. ``delay`` generalises LMetric's (uncached tokens) x (batch + 1),
@@ -20,6 +21,8 @@ from control_plane.protocols import FleetView
 from control_plane.router.placement import Placement, recorded, recorded_order, sample_note
 from control_plane.types import Candidate, ExecutionInstance, RequestMetadata
 
+#: who come while it waits, and wait behind it
+FOLLOWERS: Final = 2.0
 #: other control planes' requests for each of ours, at most, as far as what they do is guessed from what we do
 MOST_OTHERS: Final = 4.0
 PARTS: Final = ("waiting", "prefill", "decode", "delay", "eviction")
@@ -113,11 +116,12 @@ def priced(request: RequestMetadata, seen: Sequence[ExecutionInstance], view: Fl
         batch = batches[at]
         ours: float = live.active_requests
         tpot_ms += (batch - ours) * marginal_ms
-        found.waiting.append(ahead_ms + _for_room_ms(instance, batch, uncached + outputs))
+        waiting_ms = ahead_ms + _for_room_ms(instance, batch, uncached + outputs)
+        found.waiting.append(waiting_ms)
         found.prefill.append(prefill_ms)
         found.decode.append(outputs * tpot_ms)
         found.step.append(tpot_ms)
-        found.delay.append(batch * (stall_ms + outputs * marginal_ms))
+        found.delay.append(batch * (stall_ms + outputs * marginal_ms) + FOLLOWERS * waiting_ms)
         lost = prefixes.lost_tokens(instance, uncached + outputs)
         # computed again it will stall as many as are there now
         found.eviction.append((1.0 + batch) * lost * stall_ms / uncached if lost else 0.0)

@@ -31,8 +31,8 @@ def test_a_price_has_five_parts() -> None:
     # a: idle, nothing cached: 10 + 1000 of prefill, 100 steps of 21 ms
     assert prices.parts_of(0) == {"waiting": 0.0, "prefill": 1010.0, "decode": 2100.0, "delay": 0.0, "eviction": 0.0, "cached_tokens": 0.0}
     # b: 300 ms of prefill ahead, 100 tokens of its own, steps of 25 ms; 4 others are stalled for 100 ms, and each of 100 steps gets 1 ms
-    # longer for them; half of 200 tokens are computed again, for it and for 4 others
-    expected = {"waiting": 300.0, "prefill": 110.0, "decode": 2500.0, "delay": 800.0, "eviction": 500.0, "cached_tokens": 900.0}
+    # longer for them, and two who come behind it wait for 300 ms; half of 200 tokens are computed again, for it and for 4 others
+    expected = {"waiting": 300.0, "prefill": 110.0, "decode": 2500.0, "delay": 1400.0, "eviction": 500.0, "cached_tokens": 900.0}
     assert prices.parts_of(1) == pytest.approx(expected)
     assert prices.totals()[1] == pytest.approx(sum(expected[part] for part in PARTS))
     assert prices.first_tokens() == [1010.0, 410.0]
