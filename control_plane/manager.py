@@ -443,7 +443,7 @@ class ControlPlaneManager:
         """
         policy = create_policy(scheduling_policy)
         self._bind_policy(policy)
-        for instance in self.fleet.instances():
+        for instance in self.fleet.servers():
             self._tell_policy(policy, instance)
         self.queue.rekey(policy, self.fleet)
         self._dispatcher.policy = policy
@@ -505,12 +505,12 @@ class ControlPlaneManager:
 
     def get_metrics(self) -> PerformanceMetrics:
         """Counts since start; rates and quantiles over ``metrics_window_s``."""
-        return self.metrics.snapshot(self.fleet.instances(), queued=self.queued_requests, active=len(self.running_requests))
+        return self.metrics.snapshot(self.fleet.servers(), queued=self.queued_requests, active=len(self.running_requests))
 
     def get_pd_metrics(self) -> PDMetrics:
         """Prefill/decode separation: what was classed how, and where it went."""
         found = replace(self._dispatcher.pd_metrics)
-        instances = self.fleet.instances()
+        instances = self.fleet.servers()
         found.timestamp = self.clock.utc(self.clock.now_s())
         found.prefilling_instances = sum(i.instance_type == "prefilling" for i in instances)
         found.decoding_instances = sum(i.instance_type == "decoding" for i in instances)
@@ -530,7 +530,7 @@ class ControlPlaneManager:
             "queued_requests": self.queued_requests,
             "active_requests": len(self.running_requests),
             "models": sorted(self.fleet.models()),
-            "instances": [self.get_instance_metrics(instance.instance_id) for instance in self.fleet.instances()],
+            "instances": [self.get_instance_metrics(instance.instance_id) for instance in self.fleet.servers()],
         }
 
 
