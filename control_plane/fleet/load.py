@@ -9,13 +9,10 @@ All of this is pure: it reads an instance and a time.
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-from control_plane.fleet.concurrency import headroom
+from control_plane.fleet.concurrency import KV_TIGHT, headroom
 from control_plane.types import EngineStats, ExecutionInstance
-
-#: share of the KV cache in use from which on it presses; at 1.0 nothing is left
-KV_TIGHT: Final = 0.9
 
 
 class Load(NamedTuple):

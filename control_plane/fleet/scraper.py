@@ -31,6 +31,17 @@ _STARTED: Final = (b"process_start_time_seconds", b"vllm:prompt_tokens_created")
 _SHARES: Final = frozenset(("kv_cache_usage",))
 #: smaller pages are not worth asking for parts of
 _WHOLE_BYTES: Final = 8192
+#: more ranks than a server has
+_MAX_CONFIGS: Final = 4096
+
+
+class CacheConfig(NamedTuple):
+    """What a server tells of its KV cache, or of one rank's. ``labelled``: by labels, which do not change while it runs."""
+
+    block_size_tokens: int | None
+    block_count: int | None
+    prefix_caching: bool | None
+    labelled: bool
 
 
 @dataclass(slots=True)
@@ -71,10 +82,12 @@ class PageReader:
     was seen, and no more once an answer lacked something.
     """
 
-    __slots__ = ("_names", "_narrow", "_places")
+    __slots__ = ("_cache", "_names", "_narrow", "_places")
 
     def __init__(self) -> None:
         self._places: dict[bytes, int] = {}
+        #: what labels of the cache's series said: they stay the same while the server runs
+        self._cache: dict[bytes, CacheConfig] = {}
         self._names: list[bytes] = []
         #: None: not known yet whether it answers with parts; False: it does not
         self._narrow: bool | None = None
@@ -90,10 +103,10 @@ class PageReader:
         """Never raises: a page of anything else gives a Scrape with everything missing."""
         names: list[bytes] = []
         scrape, ranks, missing = Scrape(), dict[int, Scrape](), []
-        for told, series in SERIES.items():
+        for field_name, series in SERIES.items():
             found = self._samples(page, series, names)
             if found:
-                _add(scrape, ranks, told, found)
+                _add(scrape, ranks, field_name, found)
             else:
                 missing.append(series[0].decode())
         started = self._samples(page, _STARTED, names)
@@ -103,9 +116,10 @@ class PageReader:
         if not cache:
             missing.append(_CACHE[0].decode())
         for sample in cache:
-            _add_cache(scrape, sample)
+            told = self._cache_config(sample)
+            _add_cache(scrape, told)
             if sample.rank is not None:
-                _add_cache(ranks.setdefault(sample.rank, Scrape()), sample)
+                _add_cache(ranks.setdefault(sample.rank, Scrape()), told)
         scrape.missing = tuple(missing)
         if len(ranks) > 1:
             scrape.ranks = ranks
@@ -120,6 +134,15 @@ class PageReader:
             self._narrow = False
             return True
         return False
+
+    def _cache_config(self, sample: Sample) -> CacheConfig:
+        known = self._cache.get(sample.labels)
+        if known is None or not known.labelled:
+            known = _cache_config(sample)
+            if len(self._cache) >= _MAX_CONFIGS:
+                self._cache.clear()
+            self._cache[sample.labels] = known
+        return known
 
     def _learn(self, page: bytes, names: list[bytes]) -> None:
         if self._narrow is None and names:
@@ -156,17 +179,27 @@ def _add(scrape: Scrape, ranks: dict[int, Scrape], told: str, found: list[Sample
             setattr(one, told, value)
 
 
-def _add_cache(scrape: Scrape, sample: Sample) -> None:
+def _cache_config(sample: Sample) -> CacheConfig:
     told = labels_of(sample)
-    size, count, caching = told.get(b"block_size", b""), told.get(b"num_gpu_blocks", b""), told.get(b"enable_prefix_caching")
-    if b"block_size" not in told and b"num_gpu_blocks" not in told and sample.value > 1:
-        scrape.kv_block_size_tokens, count = 1, b"%d" % sample.value
-    if size.isdigit():
-        scrape.kv_block_size_tokens = int(size)
-    if count.isdigit():
-        scrape.kv_block_count = (scrape.kv_block_count or 0) + int(count)
-    if caching in (b"True", b"False"):
-        scrape.prefix_caching = caching == b"True"
+    size, count, caching = told.get(b"block_size"), told.get(b"num_gpu_blocks"), told.get(b"enable_prefix_caching")
+    if size is None and count is None:
+        # a pool of single tokens
+        return CacheConfig(1, round(sample.value), None, False)
+    return CacheConfig(
+        int(size) if size is not None and size.isdigit() else None,
+        int(count) if count is not None and count.isdigit() else None,
+        caching == b"True" if caching in (b"True", b"False") else None,
+        True,
+    )
+
+
+def _add_cache(scrape: Scrape, told: CacheConfig) -> None:
+    if told.block_size_tokens is not None:
+        scrape.kv_block_size_tokens = told.block_size_tokens
+    if told.block_count:
+        scrape.kv_block_count = (scrape.kv_block_count or 0) + told.block_count
+    if told.prefix_caching is not None:
+        scrape.prefix_caching = told.prefix_caching
 
 
 class ModelCard(NamedTuple):

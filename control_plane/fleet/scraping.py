@@ -36,14 +36,14 @@ class Scraping:
         if _restarted(record, scrape):
             self._restart(record)
         record.server_ranks = tuple(sorted(scrape.ranks))
-        self._note(record, scrape, before[0])
+        preempted = self._note(record, scrape, before[0])
         self._say(record, scrape)
         for rank, ours in zip(record.ranks, before[1:], strict=True):
             told = scrape.ranks.get(rank.instance.data_parallel_rank or 0)
             if told is not None:
                 self._note_rank(record, rank, told, ours)
         if not record.ranks:
-            self._learn_concurrency(record, scrape)
+            self._learn_concurrency(record, scrape, preempted)
 
     def age(self, record: Record) -> None:
         """What the last scrape said counts less by now."""
@@ -80,15 +80,18 @@ class Scraping:
             self._status.say(rank, "instance_restarted", "this rank's engine was restarted; what was learned from it is dropped")
         server = record.instance.engine
         rank.scraped_s = record.scraped_s
-        self._note(rank, scrape, ours)
+        preempted = self._note(rank, scrape, ours)
         rank.instance.engine.version, rank.instance.engine.simulated = server.version, server.simulated
         rank.instance.engine.max_model_len_tokens = server.max_model_len_tokens
-        self._learn_concurrency(rank, scrape)
+        self._learn_concurrency(rank, scrape, preempted)
 
     # ---- what it told
 
-    def _note(self, record: Record, scrape: Scrape, ours_before: int) -> None:
-        """``ours_before``: our requests in flight when the page was asked for. What the page tells lies between that and now."""
+    def _note(self, record: Record, scrape: Scrape, ours_before: int) -> int:
+        """Write a look at it down. How many requests it has thrown out of its KV cache since the last one.
+
+        ``ours_before``: our requests in flight when the page was asked for. What the page tells lies between that and now.
+        """
         instance, stats = record.instance, record.instance.engine
         first = not record.counters
         preempted = 0 if first else max(0, (scrape.preemptions or 0) - stats.preemptions)
@@ -112,6 +115,7 @@ class Scraping:
         stats.pressure, stats.pressed_by = pressure_of(stats, preempted, record.preempted_pressure)
         record.preempted_pressure = stats.pressure if stats.pressed_by == "preemptions" else 0.0
         instance.saturation = stats.pressure
+        return preempted
 
     def _note_others(self, record: Record, ours: int) -> None:
         """A request of ours that has just ended may still be among its figures: what only one scrape shows beyond ours is believed to be
@@ -131,12 +135,19 @@ class Scraping:
             message = "runs without prefix caching: shared prompts are computed anew each time (vLLM: --enable-prefix-caching)"
             self._status.say_once(record, "prefix_caching_off", message)
 
-    def _learn_concurrency(self, record: Record, scrape: Scrape) -> None:
-        instance = record.instance
+    def _learn_concurrency(self, record: Record, scrape: Scrape, preempted: int) -> None:
+        instance, stats = record.instance, record.instance.engine
         if scrape.running is None or scrape.waiting is None:
             record.learner.forget()
         else:
-            record.learner.observe(scrape.running, scrape.waiting, instance.active_requests)
+            record.learner.observe(
+                scrape.running,
+                scrape.waiting,
+                instance.active_requests,
+                others=stats.others,
+                preempted=preempted,
+                kv_cache_usage=stats.kv_cache_usage,
+            )
         before, now = instance.learned_concurrency, record.learner.cap
         instance.learned_concurrency = now
         if before is None and now is not None:
