@@ -281,22 +281,23 @@ def write_page(ranks: Sequence[EngineMetrics], dialect: str, only: frozenset[str
     lines: list[str] = []
     first, *others = [one.families() for one in ranks]
     for at, family in enumerate(first):
-        rows = [*family, *(line for other in others for line in other[at][2:])]
+        rows = renamed([*family, *(line for other in others for line in other[at][2:])], DIALECTS[dialect])
         if only:
             samples = [line for line in rows[2:] if line.partition("{")[0] in only]
             rows = [*rows[:2], *samples] if samples else []
-        renames = DIALECTS[dialect]
-        lines += rows if not renames else renamed(rows, renames)
+        lines += rows
     return ("\n".join(lines) + "\n").encode()
 
 
-def renamed(rows: Sequence[str], renames: Mapping[str, str]) -> list[str]:
+def renamed(rows: list[str], renames: Mapping[str, str]) -> list[str]:
     """One family under another dialect's names; nothing where that has no such series."""
-    name = rows[0].split()[2] if rows else ""
+    if not renames:
+        return rows
+    name = rows[0].split()[2]
     for suffix in _SUFFIXES:
         new = renames.get(name.removesuffix(suffix)) if suffix == "" or name.endswith(suffix) else None
         if new is not None:
             old = name.removesuffix(suffix)
             return [row.replace(old, new, 1) for row in rows] if new else []
     gone = renames.get(name.partition(":")[0] + ":") == ""
-    return [] if gone else list(rows)
+    return [] if gone else rows
