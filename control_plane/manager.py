@@ -21,7 +21,7 @@ from control_plane.dispatch import Dispatcher
 from control_plane.engines import AnswerSink, StreamSink, delta_text
 from control_plane.errors import ConfigurationError, ControlPlaneError, Draining, InstanceNotFound, InvalidRequest, RequestCancelled
 from control_plane.executor import EngineFactory, ExecutionCoordinator
-from control_plane.fleet import Fleet, HealthSettings, PrefixIndex
+from control_plane.fleet import Fleet, HealthSettings, PrefixIndex, describe_load
 from control_plane.job import Job
 from control_plane.lifecycle import RequestLifecycle
 from control_plane.observability.events import EventLog
@@ -259,9 +259,9 @@ class ControlPlaneManager:
             "throughput_tokens_per_sec": instance.throughput_tokens_per_sec,
             "concurrency_limit": None if instance.concurrency_limit == float("inf") else instance.concurrency_limit,
             "gpu_utilization": instance.gpu_utilization,
-            "engine_running": instance.engine.running,
-            "engine_waiting": instance.engine.waiting,
-            "kv_cache_usage": instance.engine.kv_cache_usage,
+            **describe_load(instance, self.clock.now_s()),
+            "data_parallel_rank": instance.data_parallel_rank,
+            "ranks": [self.get_instance_metrics(rank.instance_id) for rank in instance.ranks],
         }
 
     # ---- the Python API's way in

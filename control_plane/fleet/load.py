@@ -9,7 +9,7 @@ All of this is pure: it reads an instance and a time.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from control_plane.fleet.concurrency import KV_TIGHT, headroom
 from control_plane.types import EngineStats, ExecutionInstance
@@ -90,3 +90,27 @@ def pressure_of(stats: EngineStats, preempted: int, before: float) -> tuple[floa
     )
     pressure, by = max(signals, key=lambda signal: signal[0])
     return (pressure, by) if pressure > 0.01 else (0.0, "")
+
+
+def describe_load(instance: ExecutionInstance, now_s: float) -> dict[str, Any]:
+    """What is known of its load, as the admin API shows it: ``engine_*`` as its engine told, ``believed_*`` with what we know since."""
+    stats, ours, load = instance.engine, instance.in_flight, load_of(instance, now_s)
+    hit_rate = stats.prefix_cache_hits / stats.prefix_cache_queries if stats.prefix_cache_queries else None
+    return {
+        "engine_running": stats.running,
+        "engine_waiting": stats.waiting,
+        "kv_cache_usage": stats.kv_cache_usage,
+        "engine_preemptions": stats.preemptions,
+        "prefix_cache_hit_rate": hit_rate,
+        "scrape_age_s": load.age_s if stats.at_s else None,
+        "scrape_trust": load.trust,
+        "believed_running": load.running,
+        "believed_waiting": load.waiting,
+        "believed_kv_cache_usage": load.kv_usage,
+        "others_requests": load.others,
+        "context_tokens": ours.context_tokens,
+        "unanswered_prompt_tokens": ours.waiting_tokens,
+        "mean_age_s": ours.mean_age_s(now_s),
+        "saturation": instance.saturation,
+        "saturated_by": stats.pressed_by,
+    }
