@@ -97,7 +97,7 @@ class Scraping:
         preempted = 0 if first else max(0, (scrape.preemptions or 0) - stats.preemptions)
         kept_waiting = min(stats.waiting, scrape.waiting or 0) if stats.at_s else 0
         record.started_at, record.counters = scrape.started_at, scrape.counters
-        stats.at_s = self._clock.now_s()
+        stats.at_s = self._clock.now_s() if scrape.running is not None or scrape.waiting is not None else 0.0
         stats.fresh_s = BELIEVED_INTERVALS * self._settings.scrape_interval_s
         stats.running = scrape.running or 0
         stats.waiting = scrape.waiting or 0

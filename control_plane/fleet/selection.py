@@ -34,12 +34,13 @@ class ModelIndex:
         self.servers: list[ExecutionInstance] = []
         #: where requests are placed: the same, but the ranks of those that have ranks
         self.targets: list[ExecutionInstance] = self.servers
-        self._split: list[ExecutionInstance] = []
+        #: servers whose ranks are told apart, each with the cap that was shared out among them last
+        self._split: list[tuple[ExecutionInstance, int | None]] = []
 
     def rebuild(self) -> None:
         by_model: dict[str, list[ExecutionInstance]] = {}
-        self._split = [server for server in self.servers if server.ranks]
-        for server in self._split:
+        self._split = [(server, server.max_concurrent_requests) for server in self.servers if server.ranks]
+        for server, _ in self._split:
             follow(server)
         targets = self.servers
         if self._split:
@@ -55,7 +56,7 @@ class ModelIndex:
 
     def serving(self, model: str) -> list[ExecutionInstance]:
         """Not to be changed by the caller. An owner may rename an instance at any time, so names are compared first."""
-        compare = len(self.servers) <= NAMES_ALWAYS or self._clock.now_s() >= self._due_s
+        compare = len(self.targets) <= NAMES_ALWAYS or self._clock.now_s() >= self._due_s
         if compare:
             self._follow_names()
         serving = self._by_model.get(model)
@@ -77,12 +78,22 @@ class ModelIndex:
                 return True
         return False
 
+    def _follow_owners(self) -> None:
+        """What an owner sets on a server counts for its ranks."""
+        for at, (server, cap) in enumerate(self._split):
+            live: LiveState = server
+            rank: LiveState = server.ranks[0]
+            now: int | None = live.max_concurrent_requests
+            if rank.health_status is not live.health_status or rank.is_available is not live.is_available or now != cap:
+                follow_state(server)
+                self._split[at] = (server, now)
+
     def _follow_names(self) -> None:
-        for server in self._split:
-            follow_state(server)
+        if self._split:
+            self._follow_owners()
         if self._renamed():
             self.rebuild()
-        elif len(self.servers) > NAMES_ALWAYS:
+        elif len(self.targets) > NAMES_ALWAYS:
             self._due_s = self._clock.now_s() + NAMES_INTERVAL_S
 
 

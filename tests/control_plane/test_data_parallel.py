@@ -11,12 +11,14 @@ import pytest
 
 from control_plane import ControlPlaneManager, ExecutionInstance, RequestMetadata
 from control_plane.clock import SystemClock
+from control_plane.engines import AnswerSink
 from control_plane.errors import InstanceFailed, InvalidRequest
 from control_plane.fleet import HealthSettings
 from control_plane.fleet.ranks import takes_header
 from control_plane.job import LaneKey
+from control_plane.protocols import WireRequest
 from control_plane.sim_engine import SimEngine
-from control_plane.types import RequestKind
+from control_plane.types import Leg, RequestKind
 
 CHAT = LaneKey("m", RequestKind.CHAT)
 FAST = HealthSettings(probe_interval_s=0.03, probe_timeout_s=0.5, down_interval_s=0.02, down_interval_max_s=0.05, scrape_interval_s=0.03)
@@ -102,6 +104,25 @@ async def test_placement_chooses_the_rank_and_the_header_says_it(world: World) -
         assert status.decision.instance_id == name
         assert [now > then for now, then in zip(served(engine), [0, 0], strict=True)] == [bool(one) for one in expected]
         assert served(engine)[1 - int(name[-1])] == before[1 - int(name[-1])]
+
+
+@pytest.mark.parametrize("wire", ["headers", "lines", "none"])
+async def test_the_header_goes_with_whatever_else_is_sent(world: World, wire: str) -> None:
+    """A request of the gateway's carries its head as lines, one of the Python API's none."""
+    engine = await world.serve()
+    await world.until(lambda: world.targets == ["a@0", "a@1"])
+    given: dict[str, Any] = {
+        "headers": {"headers": ((b"content-type", b"application/json"), (b"x-request-id", b"r"))},
+        "lines": {"headers": ((b"x-request-id", b"r"),), "lines": b"x-request-id: r\r\ncontent-type: application/json\r\n"},
+        "none": {},
+    }[wire]
+    body = b'{"model":"m","prompt":"hello","max_tokens":1}'
+    ended = asyncio.get_running_loop().create_future()
+    sink = AnswerSink(lambda sink: ended.set_result(sink.error))
+    request = RequestMetadata(request_id="r", prompt="hello", model_name="m")
+    world.manager.fleet.engine("a@1").start(Leg("a@1"), WireRequest("/v1/completions", body, **given), sink, request)
+    assert await ended is None
+    assert [count > 0 for count in served(engine)] == [False, True]
 
 
 async def test_load_is_spread_over_ranks_and_added_up_for_the_server(world: World) -> None:
