@@ -62,6 +62,8 @@ class Introspection:
         self._ranks_told(record)
         settled = record.contacted and record.serves_model and bool(record.instance.model_name)
         if away or not settled or self._due(record.models_seen_s, self._settings.models_interval_s):
+            if record.contacted and record.instance.engine.version is None and record.server_ranks:
+                record.instance.engine.version = await self._version(engine)
             await self._look_at_models(record, engine)
         record.contacted = True
         return bool(record.instance.model_name) and record.serves_model

@@ -117,7 +117,10 @@ class RankBook:
     def told(self, record: Record) -> None:
         """A server told which ranks it has: each is a target of its own, where it sends a request to the one that is named."""
         instance = record.instance
-        wanted = record.server_ranks if len(record.server_ranks) > 1 and takes_header(instance.engine.version) else ()
+        version = instance.engine.version
+        # a version that could not be asked for once is no reason to forget what its ranks hold
+        sends = takes_header(version) or (version is None and bool(record.ranks))
+        wanted = record.server_ranks if sends and len(record.server_ranks) > 1 else ()
         known = {rank.instance.data_parallel_rank: rank for rank in record.ranks}
         if tuple(known) == wanted or any(rank_id(instance.instance_id, number) in self._servers for number in wanted):
             return

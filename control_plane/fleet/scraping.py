@@ -35,7 +35,8 @@ class Scraping:
             return
         if _restarted(record, scrape):
             self._restart(record)
-        record.server_ranks = tuple(sorted(scrape.ranks))
+        if scrape.running is not None:
+            record.server_ranks = tuple(sorted(scrape.ranks))
         preempted = self._note(record, scrape, before[0])
         self._say(record, scrape)
         for rank, ours in zip(record.ranks, before[1:], strict=True):
@@ -55,12 +56,14 @@ class Scraping:
             one.instance.saturation = stats.pressure * trust
 
     async def _scrape(self, reader: PageReader, engine: Engine) -> Scrape | None:
-        """None: it could not be asked."""
+        """None: it could not be asked, or is broken at the moment."""
         try:
             status, page = await engine.get(reader.path, self._settings.scrape_timeout_s)
-            if reader.lacks(page if status == 200 else b""):
+            if status < 500 and reader.lacks(page if status == 200 else b""):
                 status, page = await engine.get(reader.path, self._settings.scrape_timeout_s)
         except InstanceFailed:
+            return None
+        if status >= 500:
             return None
         return reader.read(page if status == 200 else b"")
 

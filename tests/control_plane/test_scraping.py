@@ -26,6 +26,7 @@ class Server:
         self.ranks: list[dict[str, float]] = [{}]
         self.started_at: float | None = 1000.0
         self.gone = False
+        self.broken = False
         self.asked: list[str] = []
         self.by_name = True
         self.padding = b""
@@ -53,6 +54,8 @@ class Server:
             self.asked.append(path)
             if self.gone:
                 raise InstanceFailed("no answer", timed_out=True)
+            if self.broken:
+                return 500, b"Internal Server Error"
             wanted = parse_qs(urlsplit(path).query).get("name[]")
             if wanted and not self.by_name:
                 return 200, b""
@@ -192,6 +195,14 @@ class TestRestarts:
         house.server.started_at = 2000.0
         await house.look()
         assert sorted(house.forgotten) == ["a", "a@0", "a@1"]
+
+    async def test_a_page_that_is_broken_for_a_moment_changes_nothing(self, house: House) -> None:
+        house.server.tell(1, running=4)
+        await house.look(running=3)
+        house.server.broken = True
+        await house.look(times=2)
+        assert [one.engine.running for one in house.fleet.instances()] == [3, 4]
+        assert house.events.count("engine_metrics_missing") == 1
 
     async def test_ranks_that_are_no_more_are_one_target_again(self, house: House) -> None:
         house.server.tell(1)
