@@ -74,6 +74,8 @@ def make_rank(server: ExecutionInstance, number: int) -> ExecutionInstance:
 
 def follow(server: ExecutionInstance) -> None:
     """Give every rank what holds for its server."""
+    if not server.ranks:
+        return
     for rank in server.ranks:
         for name in _SHARED:
             setattr(rank, name, getattr(server, name))
@@ -122,7 +124,10 @@ class RankBook:
         sends = takes_header(version) or (version is None and bool(record.ranks))
         wanted = record.server_ranks if sends and len(record.server_ranks) > 1 else ()
         known = {rank.instance.data_parallel_rank: rank for rank in record.ranks}
-        if tuple(known) == wanted or any(rank_id(instance.instance_id, number) in self._servers for number in wanted):
+        if tuple(known) == wanted:
+            follow(instance)
+            return
+        if any(rank_id(instance.instance_id, number) in self._servers for number in wanted):
             return
         self.unregister(record)
         gone = [rank for number, rank in known.items() if number not in wanted]
