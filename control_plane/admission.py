@@ -187,7 +187,7 @@ def preferred(request: RequestMetadata, candidates: list[ExecutionInstance], vie
     if request.preferred_instance_id is None and request.parallelism_hint is None:
         return candidates
     for liked in (
-        [i for i in candidates if i.instance_id == request.preferred_instance_id],
+        [i for i in candidates if request.preferred_instance_id in (i.instance_id, i.server_id)],
         [i for i in candidates if _has_layout(i, request.parallelism_hint)],
     ):
         timely = [i for i in liked if lateness_ms(request, i, view) <= 0.0]

@@ -9,6 +9,7 @@ from control_plane.clock import Clock
 from control_plane.errors import ControlPlaneError
 from control_plane.fleet import Fleet
 from control_plane.job import Job
+from control_plane.live_state import InFlight, LiveState
 from control_plane.predicting.book import Flight
 from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import Call, EngineOutcome, Headers
@@ -29,8 +30,11 @@ class Attempt:
 
     __slots__ = (
         "_attempts",
+        "_in_flight",
         "_listener",
+        "_prompt_tokens",
         "_settled",
+        "_waits",
         "call",
         "chunk",
         "flight",
@@ -51,6 +55,12 @@ class Attempt:
         self.started_s = job.scheduled_s or attempts.clock.now_s()
         #: what the predictor keeps of it; None where another predictor than ours is in use
         self.flight: Flight | None = None
+        live: LiveState = instance
+        #: the books of tokens there, and what this one has in them
+        self._in_flight: InFlight = live.in_flight
+        self._prompt_tokens: int = job.input_tokens
+        self._waits = True
+        self._in_flight.opened(self._prompt_tokens, self.started_s)
         #: something has reached the caller's sink: from here on the request cannot be tried elsewhere
         self.sent = False
         #: bytes go from the engine to the caller's sink without a frame of ours in between
@@ -68,6 +78,10 @@ class Attempt:
 
     def tokens(self, n: int, first_s: float, last_s: float) -> None:
         job = self.job
+        if self._waits:
+            self._waits = False
+            self._in_flight.begun(self._prompt_tokens)
+        self._in_flight.context_tokens += n
         if not job.first_token_s:
             job.first_token_s = first_s
         job.last_token_s = last_s
@@ -109,6 +123,10 @@ class Attempt:
             return False
         self._settled = True
         self.call = None
+        if self._waits:
+            self._in_flight.begun(self._prompt_tokens)
+        # its answer's tokens of this attempt: a retry begins anew at nothing
+        self._in_flight.closed(self._prompt_tokens, self.job.output_tokens, self.started_s)
         self._attempts.closed(self, well=well)
         return True
 

@@ -313,9 +313,9 @@ class Dispatcher:
         instance, lane = self.fleet.get(chosen), job.lane
         if instance is None:
             raise ControlPlaneError(f"{self._asked()} chose {chosen!r}, which is not registered")
-        if not (instance.serves(lane.model) and instance.can_do(lane.kind)) or lane.pinned not in (None, chosen):
+        if not (instance.serves(lane.model) and instance.can_do(lane.kind)) or lane.pinned not in (None, chosen, instance.server_id):
             raise ControlPlaneError(f"{self._asked()} chose {chosen!r}, which does not serve this request ({lane.kind} of {lane.model})")
-        if chosen in lane.avoid:
+        if instance.server_id in lane.avoid:
             raise ControlPlaneError(f"{self._asked()} chose {chosen!r}, which failed under this request before")
         return self.fleet.has_room(instance, phase)
 
@@ -424,9 +424,9 @@ class Dispatcher:
 
 def _may_serve(instance: ExecutionInstance, lane: LaneKey) -> bool:
     """Whether what happens there can matter to this lane."""
-    if lane.pinned is not None and lane.pinned != instance.instance_id:
+    if lane.pinned is not None and lane.pinned not in (instance.instance_id, instance.server_id):
         return False
-    return instance.instance_id not in lane.avoid and (not lane.model or instance.serves(lane.model))
+    return (not lane.avoid or instance.server_id not in lane.avoid) and (not lane.model or instance.serves(lane.model))
 
 
 def lend_target(job: Job, instance: ExecutionInstance) -> None:

@@ -86,7 +86,7 @@ class ExecutionCoordinator:
     @property
     def instances(self) -> Mapping[str, ExecutionInstance]:
         """By id, as they are registered now (read only)."""
-        return MappingProxyType({instance.instance_id: instance for instance in self.fleet.instances()})
+        return MappingProxyType({instance.instance_id: instance for instance in self.fleet.servers()})
 
     @property
     def active_requests(self) -> Mapping[str, RequestMetadata]:
@@ -95,8 +95,9 @@ class ExecutionCoordinator:
 
     @property
     def http_clients(self) -> dict[str, HttpClient]:
-        """The pooled HTTP clients, by instance id. They connect at their first request."""
-        engines = ((instance.instance_id, self.fleet.engine(instance.instance_id)) for instance in self.fleet.instances())
+        """The pooled HTTP clients, by the id of an instance or of a data-parallel rank. They connect at their first request."""
+        reached = dict.fromkeys((*self.fleet.servers(), *self.fleet.instances()))
+        engines = ((instance.instance_id, self.fleet.engine(instance.instance_id)) for instance in reached)
         return {name: engine.client for name, engine in engines if isinstance(engine, OpenAICompatibleEngine)}
 
     def register_instance(self, instance: ExecutionInstance) -> None:
@@ -111,18 +112,18 @@ class ExecutionCoordinator:
         return self.fleet.get(instance_id)
 
     def get_all_instances(self) -> list[ExecutionInstance]:
-        return list(self.fleet.instances())
+        return list(self.fleet.servers())
 
     def get_available_instances(self) -> list[ExecutionInstance]:
         """Healthy and with room."""
-        return [instance for instance in self.fleet.instances() if instance.can_accept_request]
+        return [instance for instance in self.fleet.servers() if instance.can_accept_request]
 
     def get_healthy_instances(self) -> list[ExecutionInstance]:
-        return [instance for instance in self.fleet.instances() if instance.health_status == "healthy"]
+        return [instance for instance in self.fleet.servers() if instance.health_status == "healthy"]
 
     def get_metrics(self) -> dict[str, Any]:
         """Counts of this executor: instances, running, ended and failed attempts."""
-        instances = self.fleet.instances()
+        instances = self.fleet.servers()
         return {
             "total_instances": len(instances),
             "healthy_instances": len(self.get_healthy_instances()),

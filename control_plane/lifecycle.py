@@ -409,13 +409,13 @@ class RequestLifecycle:
         if isinstance(error, InstanceFailed):
             error.instance_id = instance.instance_id
             if error.reached:
-                job.tried |= {instance.instance_id}
+                job.tried |= {instance.server_id}
                 job.unreached_since_s = 0.0
             else:
                 job.attempts -= 1
             self._fleet.record_failure(instance, error)
         recovery = after_failure(
-            job, error, instance.instance_id, sent=attempt.sent, registered=self._others(job, error), max_attempts=self._max_attempts
+            job, error, instance.server_id, sent=attempt.sent, registered=self._others(job, error), max_attempts=self._max_attempts
         )
         if recovery is None:
             self.end_failed(job, error)
@@ -428,7 +428,7 @@ class RequestLifecycle:
         one that is down could bring, so then only those count that may be given work now."""
         lane, fleet = job.lane._replace(avoid=job.tried), self._fleet
         found = fleet.eligible(lane) if isinstance(error, EngineError) else fleet.registered_for(lane)
-        return frozenset(instance.instance_id for instance in found)
+        return frozenset(instance.server_id for instance in found)
 
     def _retry(self, job: Job, error: ControlPlaneError, avoid: frozenset[str]) -> None:
         now_s = self._clock.now_s()
@@ -453,7 +453,8 @@ class RequestLifecycle:
     def instance_hung(self, instance: ExecutionInstance) -> None:
         """Probes found that it answers nothing any more: requests of which nothing has come yet are tried elsewhere."""
         error_text = f"{instance.instance_id} stopped answering"
-        for attempt in [found for found in self._attempts.values() if found.instance is instance and not found.sent]:
+        there = (instance, *instance.ranks)
+        for attempt in [found for found in self._attempts.values() if found.instance in there and not found.sent]:
             attempt.give_up(InstanceFailed(error_text, instance_id=instance.instance_id, timed_out=True))
 
     def give_up_hung(self, now_s: float) -> None:

@@ -38,10 +38,62 @@ class LiveState:
     port: Any
     api_key: Any
     priority_scheduling: Any
+    server: Any
+    data_parallel_rank: Any
+    in_flight: Any
     others_requests: Any
+    saturation: Any
 
 
-#: what is declared above
+class InFlight:
+    """Our own requests in flight on one instance, counted as it happens: no scrape is as early. Times are monotonic seconds.
+
+    Attributes:
+        requests: how many, of those whose tokens are counted here.
+        waiting_tokens: prompt tokens of those that have shown nothing of their answer yet; ``waiting``: how many those are. An answer
+            that is not streamed shows nothing before its end.
+        context_tokens: prompt tokens, and answer tokens so far, of all of them.
+        started_s_sum: when they were sent, added up.
+    """
+
+    __slots__ = ("context_tokens", "requests", "started_s_sum", "waiting", "waiting_tokens")
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.waiting = 0
+        self.waiting_tokens = 0
+        self.context_tokens = 0
+        self.started_s_sum = 0.0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of an instance has nothing in flight here."""
+        return InFlight, ()
+
+    def opened(self, prompt_tokens: int, now_s: float) -> None:
+        self.requests += 1
+        self.waiting += 1
+        self.waiting_tokens += prompt_tokens
+        self.context_tokens += prompt_tokens
+        self.started_s_sum += now_s
+
+    def begun(self, prompt_tokens: int) -> None:
+        """The first token of one of them is here."""
+        self.waiting -= 1
+        self.waiting_tokens -= prompt_tokens
+
+    def closed(self, prompt_tokens: int, answer_tokens: int, started_s: float) -> None:
+        """One ended, after :meth:`begun` where that came."""
+        self.requests -= 1
+        self.context_tokens -= prompt_tokens + answer_tokens
+        # sums of floats drift: nothing in flight is nothing old
+        self.started_s_sum = self.started_s_sum - started_s if self.requests > 0 else 0.0
+
+    def mean_age_s(self, now_s: float) -> float:
+        """How long they have been there on average; 0.0 where there are none."""
+        return max(0.0, now_s - self.started_s_sum / self.requests) if self.requests > 0 else 0.0
+
+
+#: what LiveState declares
 LIVE_FIELDS = (
     "instance_id",
     "model_name",
@@ -66,10 +118,14 @@ LIVE_FIELDS = (
     "port",
     "api_key",
     "priority_scheduling",
+    "server",
+    "data_parallel_rank",
+    "in_flight",
     "others_requests",
+    "saturation",
 )
 
-#: what is declared below
+#: what RequestFields declares
 REQUEST_FIELDS = (
     "arrival_time",
     "billing_tier",

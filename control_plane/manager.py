@@ -21,7 +21,7 @@ from control_plane.dispatch import Dispatcher
 from control_plane.engines import AnswerSink, StreamSink, delta_text
 from control_plane.errors import ConfigurationError, ControlPlaneError, Draining, InstanceNotFound, InvalidRequest, RequestCancelled
 from control_plane.executor import EngineFactory, ExecutionCoordinator
-from control_plane.fleet import Fleet, HealthSettings, PrefixIndex
+from control_plane.fleet import Fleet, HealthSettings, PrefixIndex, describe_load
 from control_plane.job import Job
 from control_plane.lifecycle import RequestLifecycle
 from control_plane.observability.events import EventLog
@@ -261,9 +261,9 @@ class ControlPlaneManager:
             "throughput_tokens_per_sec": instance.throughput_tokens_per_sec,
             "concurrency_limit": None if instance.concurrency_limit == float("inf") else instance.concurrency_limit,
             "gpu_utilization": instance.gpu_utilization,
-            "engine_running": instance.engine.running,
-            "engine_waiting": instance.engine.waiting,
-            "kv_cache_usage": instance.engine.kv_cache_usage,
+            **describe_load(instance, self.clock.now_s()),
+            "data_parallel_rank": instance.data_parallel_rank,
+            "ranks": [self.get_instance_metrics(rank.instance_id) for rank in instance.ranks],
         }
 
     # ---- the Python API's way in
@@ -445,7 +445,7 @@ class ControlPlaneManager:
         """
         policy = create_policy(scheduling_policy)
         self._bind_policy(policy)
-        for instance in self.fleet.instances():
+        for instance in self.fleet.servers():
             self._tell_policy(policy, instance)
         self.queue.rekey(policy, self.fleet)
         self._dispatcher.policy = policy
@@ -507,7 +507,7 @@ class ControlPlaneManager:
 
     def get_metrics(self) -> PerformanceMetrics:
         """Counts since start; rates and quantiles over ``metrics_window_s``."""
-        return self.metrics.snapshot(self.fleet.instances(), queued=self.queued_requests, active=len(self.running_requests))
+        return self.metrics.snapshot(self.fleet.servers(), queued=self.queued_requests, active=len(self.running_requests))
 
     def get_costs(self) -> list[TenantCost]:
         """Dollars by tenant and model since start, predicted and actual, the dearest first. Empty where instances have no price."""
@@ -516,7 +516,7 @@ class ControlPlaneManager:
     def get_pd_metrics(self) -> PDMetrics:
         """Prefill/decode separation: what was classed how, and where it went."""
         found = replace(self._dispatcher.pd_metrics)
-        instances = self.fleet.instances()
+        instances = self.fleet.servers()
         found.timestamp = self.clock.utc(self.clock.now_s())
         found.prefilling_instances = sum(i.instance_type == "prefilling" for i in instances)
         found.decoding_instances = sum(i.instance_type == "decoding" for i in instances)
@@ -536,7 +536,7 @@ class ControlPlaneManager:
             "queued_requests": self.queued_requests,
             "active_requests": len(self.running_requests),
             "models": sorted(self.fleet.models()),
-            "instances": [self.get_instance_metrics(instance.instance_id) for instance in self.fleet.instances()],
+            "instances": [self.get_instance_metrics(instance.instance_id) for instance in self.fleet.servers()],
         }
 
 

@@ -15,9 +15,10 @@ from control_plane.job import Job
 
 
 def after_failure(
-    job: Job, error: ControlPlaneError, instance_id: str, *, sent: bool, registered: frozenset[str], max_attempts: int
+    job: Job, error: ControlPlaneError, server_id: str, *, sent: bool, registered: frozenset[str], max_attempts: int
 ) -> frozenset[str] | None:
-    """Whether ``job``, whose attempt on ``instance_id`` ended in ``error``, is queued again: the instances to avoid then, or None.
+    """Whether ``job``, whose attempt at the address of ``server_id`` ended in ``error``, is queued again: the addresses to avoid then, or
+    None. An address is named by the instance registered for it; what fails there concerns all of its data-parallel ranks.
 
     Args:
         sent: something of the answer has reached the client.
@@ -31,5 +32,5 @@ def after_failure(
         return None
     if not registered - job.tried:
         return None
-    avoid = job.lane.avoid | job.tried | {instance_id}
+    avoid = job.lane.avoid | job.tried | {server_id}
     return avoid if registered - avoid else job.tried

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from control_plane import field_rules
 from control_plane.errors import InvalidRequest, quoted
-from control_plane.live_state import LIVE_FIELDS, REQUEST_FIELDS, LiveState, RequestFields
+from control_plane.live_state import LIVE_FIELDS, REQUEST_FIELDS, InFlight, LiveState, RequestFields
 
 
 class RequestPriority(IntEnum):
@@ -332,7 +332,11 @@ def _text_bytes(value: object) -> int:
 
 @dataclass(slots=True)
 class EngineStats:
-    """What an engine told of itself at the last scrape (``at_s``, monotonic; 0.0: never). None: it did not say."""
+    """What an engine told of itself at the last scrape (``at_s``, monotonic; 0.0: never). None: it did not say.
+
+    It is late by what the engine's own figures are late, and by the time since the scrape:
+    :func:`~control_plane.fleet.load.load_of` adds what is known first hand.
+    """
 
     at_s: float = 0.0
     running: int = 0
@@ -347,10 +351,18 @@ class EngineStats:
     preemptions: int = 0
     version: str | None = None
     simulated: bool = False
-    #: ours in flight there at that scrape
+    #: seconds for which it is believed whole; from then on it counts half for each further half of that time
+    fresh_s: float = 4.0
+    #: ours in flight there at that scrape, and their tokens: what came and went since is the difference to now
     ours: int = 0
-    #: requests that it had beyond ours at that scrape
-    beyond_ours: int = 0
+    ours_context_tokens: int = 0
+    #: requests that the last two scrapes both had beyond ours: other clients'
+    others: int = 0
+    #: requests that waited there at the last two scrapes (the fewer of both): those of one moment are arrivals between two steps
+    kept_waiting: int = 0
+    #: how surely more work would only wait there, 0 to 1, by the signals named in ``pressed_by``
+    pressure: float = 0.0
+    pressed_by: str = ""
 
 
 @dataclass(eq=False)
@@ -406,8 +418,18 @@ class ExecutionInstance(LiveState):
     #: runs ``--scheduling-policy priority``: the wire's integer priority is sent there
     priority_scheduling: bool = False
     engine: EngineStats = field(default_factory=EngineStats)
-    #: requests of other clients there as the last scrapes tell (written by the fleet)
+    #: the registered instance that this is one data-parallel rank of, and which one (written by the fleet)
+    server: ExecutionInstance | None = field(default=None, repr=False)
+    data_parallel_rank: int | None = None
+    #: its ranks, where requests are placed on them one by one (written by the fleet)
+    ranks: tuple[ExecutionInstance, ...] = field(default=(), repr=False)
+    #: our own requests there and their tokens, first hand
+    in_flight: InFlight = field(default_factory=InFlight, repr=False)
+    #: requests of other clients there as the last scrapes tell, fading while no new one comes (written by the fleet)
     others_requests: float = 0.0
+    #: how surely more work would only wait inside the engine, 0 to 1, as its own figures tell (written by the fleet). 0.0: nothing
+    #: says so; 1.0: it keeps requests waiting, throws them out of its KV cache, or has none of it left. It fades while no scrape comes
+    saturation: float = 0.0
 
     def __post_init__(self, is_healthy: bool | None) -> None:
         if type(self) is not ExecutionInstance:
@@ -468,6 +490,11 @@ class ExecutionInstance(LiveState):
             return url.rstrip("/")
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"http://{host}:{self.port}"
+
+    @property
+    def server_id(self) -> str:
+        """The id under which its address is registered: its own, or that of the server whose data-parallel rank it is."""
+        return self.instance_id if self.server is None else self.server.instance_id
 
     @property
     def world_size(self) -> int:

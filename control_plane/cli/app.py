@@ -136,6 +136,8 @@ def sim_engine(
     block_size: Annotated[int | None, typer.Option(parser=_number(1, 4096), help="Tokens of a KV block, likewise.")] = None,
     num_gpu_blocks_override: Annotated[int | None, typer.Option(parser=_number(1, 2**31), help="KV blocks, likewise.")] = None,
     prefix_caching: Annotated[bool, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="As in vLLM.")] = True,
+    data_parallel_size: Annotated[int, typer.Option(parser=_number(1, 1024), help="Ranks behind the address, each an engine.")] = 1,
+    metrics_dialect: Annotated[str, typer.Option(help="Whose names /metrics uses: vllm, vllm-0.8 or sglang.")] = "vllm",
 ) -> None:
     """A simulated vLLM server: its paths, streams and metrics, in the time that the profile's hardware would take.
 
@@ -160,6 +162,8 @@ def sim_engine(
         block_size=block_size,
         num_gpu_blocks_override=num_gpu_blocks_override,
         prefix_caching=prefix_caching,
+        data_parallel_size=data_parallel_size,
+        metrics_dialect=metrics_dialect,
         responses_store=os.environ.get("VLLM_ENABLE_RESPONSES_API_STORE", "0") not in ("", "0"),
         loop_factory=uvloop.new_event_loop,
     )

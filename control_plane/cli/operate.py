@@ -177,7 +177,10 @@ def _totals(now: dict[str, Any]) -> Iterator[str]:
 
 
 def _instances_table(rows: list[dict[str, Any]]) -> Any:
-    columns = ("instance", "model", "type", "health", "active", "outstanding ms", "engine running", "engine waiting", "KV cache")
+    columns = (
+        *("instance", "model", "type", "health", "active", "outstanding ms", "engine running", "engine waiting", "others", "KV cache"),
+        "saturated",
+    )
     names = (
         "instance_id",
         "model_name",
@@ -187,8 +190,11 @@ def _instances_table(rows: list[dict[str, Any]]) -> Any:
         "outstanding_ms",
         "engine_running",
         "engine_waiting",
+        "others_requests",
     )
-    shown = [(*(row.get(name) for name in names), f"{row.get('kv_cache_usage') or 0.0:.0%}") for row in rows]
+    shares = ("kv_cache_usage", "saturation")
+    rows = [one for row in rows for one in (row, *(row.get("ranks") or ()))]
+    shown = [(*(row.get(name) for name in names), *(f"{row.get(name) or 0.0:.0%}" for name in shares)) for row in rows]
     return table("Instances", columns, shown)
 
 

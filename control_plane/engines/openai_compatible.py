@@ -73,8 +73,10 @@ class OpenAICompatibleEngine:
         live: LiveState = self.instance
         answer = EngineAnswer(live.instance_id, wire, sink, self._clock)
         body = for_engine(wire, request, self.instance) if live.priority_scheduling else wire.body
+        rank: int | None = live.data_parallel_rank
         if wire.lines and live.api_key is None:
-            call = self.client.send(wire.method, wire.path, (), body, answer, lines=wire.lines)
+            lines = wire.lines if rank is None else b"%bx-data-parallel-rank: %d\r\n" % (wire.lines, rank)
+            call = self.client.send(wire.method, wire.path, (), body, answer, lines=lines)
         else:
             call = self.client.send(wire.method, wire.path, self._headers(wire), body, answer)
         answer.attach(call)
@@ -92,9 +94,11 @@ class OpenAICompatibleEngine:
             await client.close()
 
     def _headers(self, wire: WireRequest) -> Headers:
-        if not wire.headers:
-            return self._authorization((_JSON,))
-        return self._authorization(wire.headers)
+        headers = (*wire.headers,) if wire.headers else (_JSON,)
+        rank = self.instance.data_parallel_rank
+        if rank is not None:
+            headers = (*headers, (b"x-data-parallel-rank", b"%d" % rank))
+        return self._authorization(headers)
 
     def _authorization(self, headers: tuple[tuple[bytes, bytes], ...]) -> tuple[tuple[bytes, bytes], ...]:
         """The instance's own key replaces whatever the client sent."""

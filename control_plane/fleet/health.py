@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from control_plane.clock import Clock
 from control_plane.errors import ControlPlaneError, EngineError, InstanceFailed, OutOfDescriptors
-from control_plane.fleet.introspection import Introspection
+from control_plane.fleet.introspection import Introspection, Told
 from control_plane.fleet.outliers import Failure, classify
 from control_plane.fleet.record import EJECTIONS, Cause, Record
 from control_plane.fleet.settings import HealthSettings
@@ -37,7 +37,7 @@ class HealthMonitor:
 
     Args:
         engine_of: the Engine behind a record.
-        models_changed: called when the names that an instance serves changed.
+        models_changed, ranks_told: see :class:`~control_plane.fleet.introspection.Introspection`.
     """
 
     def __init__(
@@ -46,7 +46,8 @@ class HealthMonitor:
         settings: HealthSettings,
         status: StatusBook,
         engine_of: Callable[[Record], Engine],
-        models_changed: Callable[[Record], None],
+        models_changed: Told,
+        ranks_told: Told,
         rng: Random,
     ) -> None:
         self._clock = clock
@@ -54,7 +55,7 @@ class HealthMonitor:
         self._status = status
         self._engine_of = engine_of
         self._rng = rng
-        self._introspection = Introspection(clock, settings, status, models_changed)
+        self._introspection = Introspection(clock, settings, status, models_changed, ranks_told)
 
     # ---- the loop of one instance
 

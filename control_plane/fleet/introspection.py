@@ -9,14 +9,13 @@ import msgspec
 from control_plane.clock import Clock
 from control_plane.errors import InstanceFailed, OutOfDescriptors
 from control_plane.fleet.record import Cause, Record
-from control_plane.fleet.scraper import ModelCard, Scrape, parse_metrics, parse_models
+from control_plane.fleet.scraper import ModelCard, parse_models
+from control_plane.fleet.scraping import Scraping
 from control_plane.fleet.settings import HealthSettings
 from control_plane.fleet.status import StatusBook
 from control_plane.protocols import Engine
 from control_plane.types import HealthStatus, RequestKind
 
-#: a page without the series we need is looked at this much more rarely
-RARELY = 15
 #: where a server offers each kind. vLLM registers only what its loaded model can do: a GET on a path that takes POST is answered
 #: 405, on one that is not there 404. That costs it nothing, while /openapi.json is 270 KB that it builds on its serving loop.
 _PATHS: dict[RequestKind, str] = {
@@ -28,28 +27,43 @@ _PATHS: dict[RequestKind, str] = {
 }
 
 
-class Introspection:
-    """Asks one living server and writes what it learns into the record and its instance."""
+Told = Callable[[Record], None]
 
-    def __init__(self, clock: Clock, settings: HealthSettings, status: StatusBook, models_changed: Callable[[Record], None]) -> None:
+
+class Introspection:
+    """Asks one living server and writes what it learns into the record and its instance.
+
+    Args:
+        models_changed: called when the names that an instance serves changed.
+        ranks_told: called when its version is known and its metrics were read: ``server_ranks`` are the ranks that it has.
+    """
+
+    def __init__(self, clock: Clock, settings: HealthSettings, status: StatusBook, models_changed: Told, ranks_told: Told) -> None:
         self._clock = clock
         self._settings = settings
         self._status = status
         self._models_changed = models_changed
+        self._ranks_told = ranks_told
+        self._scraping = Scraping(clock, settings, status)
 
     async def look(self, record: Record, engine: Engine) -> bool:
         """Bring the record up to date, as far as that is due. False: it serves nothing that may be used."""
         away = record.cause in (Cause.UNREACHABLE, Cause.SICK)
         if self._settings.monitoring and (away or not record.contacted or self._due(record.scraped_s, self._settings.scrape_interval_s)):
-            await self._scrape(record, engine)
+            await self._scraping.look(record, engine)
+        else:
+            self._scraping.age(record)
         if away and record.contacted and record.started_at is None:
             # no start time tells whether it is the same process: assume it is not
             record.forget_server()
             self._status.forget(record.instance)
         if not record.contacted:
             await self._first_contact(record, engine)
+        self._ranks_told(record)
         settled = record.contacted and record.serves_model and bool(record.instance.model_name)
         if away or not settled or self._due(record.models_seen_s, self._settings.models_interval_s):
+            if record.contacted and record.instance.engine.version is None and record.server_ranks:
+                record.instance.engine.version = await self._version(engine)
             await self._look_at_models(record, engine)
         record.contacted = True
         return bool(record.instance.model_name) and record.serves_model
@@ -57,69 +71,6 @@ class Introspection:
     def _due(self, last_s: float, interval_s: float) -> bool:
         """At the probe nearest to the interval, so that two equal intervals coincide whatever the jitter."""
         return self._clock.now_s() >= last_s + interval_s - self._settings.probe_interval_s / 2
-
-    # ---- metrics
-
-    async def _scrape(self, record: Record, engine: Engine) -> None:
-        if record.metrics_missing and not self._due(record.scraped_s, RARELY * self._settings.scrape_interval_s):
-            return
-        record.scraped_s = self._clock.now_s()
-        try:
-            status, page = await engine.get("/metrics", self._settings.scrape_timeout_s)
-        except InstanceFailed:
-            return
-        scrape = parse_metrics(page if status == 200 else b"")
-        if _restarted(record, scrape):
-            self._restart(record)
-        record.started_at, record.counters = scrape.started_at, scrape.counters
-        self._note(record, scrape)
-        self._learn_concurrency(record, scrape)
-
-    def _restart(self, record: Record) -> None:
-        record.forget_server()
-        self._status.forget(record.instance)
-        self._status.say(record, "instance_restarted", "its server was restarted; what was learned from it is dropped")
-
-    def _note(self, record: Record, scrape: Scrape) -> None:
-        stats = record.instance.engine
-        stats.at_s = record.scraped_s
-        stats.running = scrape.running or 0
-        stats.waiting = scrape.waiting or 0
-        stats.ours = record.instance.active_requests
-        beyond = max(0, stats.running + stats.waiting - stats.ours)
-        # what only one scrape has beyond ours may be ours, ended a moment ago
-        record.instance.others_requests = float(min(beyond, stats.beyond_ours))
-        stats.beyond_ours = beyond
-        stats.kv_cache_usage = scrape.kv_cache_usage or 0.0
-        stats.prefix_cache_queries = scrape.prefix_cache_queries or 0
-        stats.prefix_cache_hits = scrape.prefix_cache_hits or 0
-        stats.preemptions = scrape.preemptions or 0
-        stats.kv_block_size_tokens = scrape.kv_block_size_tokens or stats.kv_block_size_tokens
-        stats.kv_block_count = scrape.kv_block_count or stats.kv_block_count
-        stats.prefix_caching = scrape.prefix_caching if scrape.prefix_caching is not None else stats.prefix_caching
-        record.metrics_missing = scrape.running is None and scrape.waiting is None
-        if scrape.missing:
-            message = "tells no metrics of its load" if record.metrics_missing else f"its /metrics page lacks {', '.join(scrape.missing)}"
-            self._status.say_once(record, "engine_metrics_missing", message, missing=list(scrape.missing))
-        if scrape.prefix_caching is False:
-            message = "runs without prefix caching: shared prompts are computed anew each time (vLLM: --enable-prefix-caching)"
-            self._status.say_once(record, "prefix_caching_off", message)
-
-    def _learn_concurrency(self, record: Record, scrape: Scrape) -> None:
-        instance = record.instance
-        if scrape.running is None or scrape.waiting is None:
-            record.learner.forget()
-        else:
-            record.learner.observe(scrape.running, scrape.waiting, instance.active_requests)
-        before, now = instance.learned_concurrency, record.learner.cap
-        instance.learned_concurrency = now
-        if before is None and now is not None:
-            message = (
-                f"runs {scrape.running} requests at once and keeps more waiting: {now} are sent there from now on, the rest waits here"
-            )
-            self._status.say(record, "concurrency_learned", message, cap=now, running=scrape.running, waiting=scrape.waiting)
-        if before is not None and (now is None or now > before):
-            self._status.changed(instance)
 
     # ---- first contact
 
@@ -207,12 +158,4 @@ class Introspection:
             self._models_changed(record)
         if instance.health_status == HealthStatus.WRONG_MODEL:
             record.said = {said for said in record.said if not said.startswith("wrong_model")}
-            instance.health_status = HealthStatus.STARTING
-
-
-def _restarted(record: Record, scrape: Scrape) -> bool:
-    """Its start time moved, or a counter fell. A page without them says nothing."""
-    if record.started_at is not None and scrape.started_at is not None:
-        return abs(scrape.started_at - record.started_at) > 0.1
-    fell = any(now < before for now, before in zip(scrape.counters, record.counters, strict=False))
-    return fell and "vllm:prompt_tokens_total" not in scrape.missing
+            record.mark(HealthStatus.STARTING)

@@ -7,9 +7,10 @@ from enum import StrEnum
 
 from control_plane.fleet.concurrency import ConcurrencyLearner
 from control_plane.fleet.outliers import Outliers
+from control_plane.fleet.scraper import PageReader
 from control_plane.fleet.settings import HealthSettings
 from control_plane.protocols import Engine
-from control_plane.types import ExecutionInstance
+from control_plane.types import ExecutionInstance, HealthStatus
 
 
 class Cause(StrEnum):
@@ -42,6 +43,7 @@ class Record:
         "ejected_until_s",
         "ejections",
         "engine",
+        "excess",
         "instance",
         "kinds_learned",
         "last_success_s",
@@ -53,9 +55,13 @@ class Record:
         "need_warmup",
         "outliers",
         "pause_s",
+        "preempted_pressure",
         "probing",
+        "ranks",
+        "reader",
         "said",
         "scraped_s",
+        "server_ranks",
         "serves_model",
         "started_at",
         "task",
@@ -103,27 +109,55 @@ class Record:
         #: the server's own start time (its Unix seconds) and counters at the last scrape: a restart shows in them
         self.started_at: float | None = None
         self.counters: tuple[float, ...] = ()
+        #: finds the series in its metrics pages
+        self.reader = PageReader()
+        #: requests that the last scrape told beyond ours; None: there was none
+        self.excess: int | None = None
+        #: the pressure at the last scrape as far as it came of preemptions
+        self.preempted_pressure = 0.0
+        #: ranks that its last scrape told of; fewer than two: it is one target
+        self.server_ranks: tuple[int, ...] = ()
+        #: records of its data-parallel ranks, where each is a target of its own. Of a rank's record only the engine and what was
+        #: learned from its figures is used: how the address is, is kept in the server's
+        self.ranks: list[Record] = []
         #: what has been said once and need not be said again before a restart
         self.said: set[str] = set()
         #: an ejection that is said only if the probe that looks into it finds nothing worse
         self.unsaid: tuple[str, dict[str, object]] | None = None
         self.was_usable = False
 
+    def mark(self, status: HealthStatus) -> None:
+        """The instance's health from now on, and that of its ranks: they share an address."""
+        self.instance.health_status = status
+        for rank in self.ranks:
+            rank.instance.health_status = status
+
+    def forget_figures(self) -> None:
+        """Its engine restarted: its figures begin anew, and what was learned from them is void."""
+        instance = self.instance
+        self.metrics_missing = False
+        self.started_at = None
+        self.counters = ()
+        self.reader = PageReader()
+        self.excess = None
+        self.preempted_pressure = 0.0
+        self.learner.forget()
+        instance.others_requests = instance.saturation = 0.0
+        instance.engine = type(instance.engine)()
+
     def forget_server(self) -> None:
         """The server restarted: nothing it told or showed holds any more."""
         instance = self.instance
         self.contacted = False
+        self.forget_figures()
+        for rank in self.ranks:
+            rank.forget_figures()
         self.models_seen_s = float("-inf")
-        self.metrics_missing = False
-        self.started_at = None
-        self.counters = ()
         self.said.clear()
         self.outliers.reset()
-        self.learner.forget()
         self.ejections = 0
         self.trial = False
         self.need_warmup = instance.warmup
-        instance.engine = type(instance.engine)()
         if self.kinds_learned:
             instance.supported_request_types = None
             self.kinds_learned = False

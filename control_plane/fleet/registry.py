@@ -13,6 +13,7 @@ from control_plane.field_rules import wrong
 from control_plane.fleet.health import HealthMonitor
 from control_plane.fleet.in_flight import count_in, count_out, role_has_room
 from control_plane.fleet.outliers import Failure, classify
+from control_plane.fleet.ranks import RankBook
 from control_plane.fleet.record import LAST_RESORT, Cause, Record
 from control_plane.fleet.selection import ModelIndex, pick, roomy, sample
 from control_plane.fleet.settings import HealthSettings
@@ -61,9 +62,13 @@ class Fleet:
         self._make_engine = engine_factory
         self._settings = settings or HealthSettings()
         self._status = StatusBook(clock, events if events is not None else Silence(), self._settings)
-        self._monitor = HealthMonitor(clock, self._settings, self._status, self._engine_of, self._models_changed, rng or Random(0))
-        self._records: dict[str, Record] = {}
         self._index = ModelIndex(clock)
+        self._records: dict[str, Record] = {}
+        #: data-parallel ranks, which are placed on like instances and registered with their server
+        self._ranks = RankBook(self._settings, self._status, self._records, self._index.rebuild, self._rank_left)
+        self._monitor = HealthMonitor(
+            clock, self._settings, self._status, self._engine_of, self._models_changed, self._ranks.told, rng or Random(0)
+        )
         #: removed while requests still ran there
         self._leaving: dict[ExecutionInstance, Record] = {}
         self._ending: set[asyncio.Task[None]] = set()
@@ -77,11 +82,17 @@ class Fleet:
         return self._clock.now_s()
 
     def instances(self) -> Sequence[ExecutionInstance]:
-        """Every registered instance, usable or not, in order of registration. Not to be changed by the caller."""
-        return self._index.instances
+        """Everything that requests are placed on, usable or not, in order of registration: every registered instance, but of a server
+        whose data-parallel ranks are told apart its ranks. Not to be changed by the caller."""
+        return self._index.targets
+
+    def servers(self) -> Sequence[ExecutionInstance]:
+        """Every registered instance, in order of registration. Not to be changed by the caller."""
+        return self._index.servers
 
     def get(self, instance_id: str) -> ExecutionInstance | None:
-        record = self._records.get(instance_id)
+        """A registered instance, or one rank of one."""
+        record = self._records.get(instance_id) or self._ranks.records.get(instance_id)
         return None if record is None else record.instance
 
     def serving(self, instance_id: str) -> tuple[ExecutionInstance, Engine]:
@@ -136,9 +147,10 @@ class Fleet:
             catalogued(instance.profile)
         record = self._leaving.pop(instance, None) or Record(instance, self._settings)
         self._records[instance.instance_id] = record
-        self._index.instances.append(instance)
+        self._index.servers.append(instance)
+        self._ranks.register(record)
         if instance.health_status == HealthStatus.HEALTHY:
-            instance.health_status = self._status.deserved(record)
+            record.mark(self._status.deserved(record))
         record.was_usable = instance.is_usable
         self._index.rebuild()
         if self._running:
@@ -148,10 +160,11 @@ class Fleet:
 
     def remove(self, instance_id: str) -> ExecutionInstance:
         """Take it out of the fleet; what runs there runs on, then its connections close. Raises InstanceNotFound."""
-        record = self._record(instance_id)
+        record = self._server(instance_id)
         instance = record.instance
         del self._records[instance_id]
-        self._index.instances.remove(instance)
+        self._ranks.unregister(record)
+        self._index.servers.remove(instance)
         self._status.clear(record)
         self._index.rebuild()
         if record.task is not None:
@@ -186,8 +199,8 @@ class Fleet:
         """
         serving = self._index.serving(lane.model)
         if lane.pinned is not None:
-            serving = [one for one in serving if one.instance_id == lane.pinned and one.health_status == HealthStatus.HEALTHY]
-        return [instance for instance in serving if instance.instance_id not in lane.avoid and instance.can_do(lane.kind)]
+            serving = [one for one in serving if _is_of(one, lane.pinned) and one.health_status == HealthStatus.HEALTHY]
+        return [instance for instance in serving if instance.server_id not in lane.avoid and instance.can_do(lane.kind)]
 
     def eligible(self, lane: LaneKey, limit: int | None = None) -> list[ExecutionInstance]:
         """Instances that may be given work of this lane now, with room or without.
@@ -206,7 +219,7 @@ class Fleet:
         status = self._status
         if status.trials or status.suspects or status.busy:
             found = self._choose(lane, None, room=False)
-            if all(instance.instance_id in status.trials for instance in found):
+            if all(instance.server_id in status.trials for instance in found):
                 # there is nothing better, so a trial would only hold back what waits
                 return roomy(found)[:limit]
             return [instance for instance in found if self.has_room(instance)][:limit]
@@ -217,36 +230,50 @@ class Fleet:
         if instance.active_requests >= instance.concurrency_limit:
             return False
         trials = self._status.trials
-        if trials and (record := trials.get(instance.instance_id)) is not None and record.trial_placed >= self._settings.trial_requests:
+        if trials and (record := trials.get(instance.server_id)) is not None and record.trial_placed >= self._settings.trial_requests:
             return False
         return phase is None or role_has_room(instance, phase)
 
     def hung(self) -> frozenset[str]:
-        """Ids of those whose probes are not answered."""
-        return frozenset(name for name, record in self._records.items() if record.cause is Cause.HUNG)
+        """Ids of those whose probes are not answered, and of their ranks."""
+        hung = [record for record in self._records.values() if record.cause is Cause.HUNG]
+        return frozenset(one.instance.instance_id for record in hung for one in (record, *record.ranks))
 
     # ---- what is in flight
 
     def placed(self, instance: ExecutionInstance, predicted_ms: float, phase: str | None = None) -> None:
         """A request was sent there. To be matched by :meth:`released` with the same figures, however it ends."""
         count_in(instance, predicted_ms, phase)
-        if self._status.trials and (record := self._status.trials.get(instance.instance_id)) is not None:
+        live: LiveState = instance
+        if live.server is not None:
+            count_in(live.server, predicted_ms, phase)
+        if self._status.trials and (record := self._status.trials.get(instance.server_id)) is not None:
             record.trial_placed += 1
 
     def released(self, instance: ExecutionInstance, predicted_ms: float, phase: str | None = None) -> None:
         """A placed request ended there: well, badly or cancelled."""
         count_out(instance, predicted_ms, phase)
-        if self._status.trials and (record := self._status.trials.get(instance.instance_id)) is not None:
+        if self._status.trials and (record := self._status.trials.get(instance.server_id)) is not None:
             record.trial_placed = max(0, record.trial_placed - 1)
         live: LiveState = instance
+        if live.server is not None:
+            if self._leaving and not live.active_requests:
+                self._close_left(instance)
+            instance = live = live.server
+            count_out(live, predicted_ms, phase)
         if not live.active_requests and (self._leaving or live.health_status is not _HEALTHY):
             self._emptied(instance)
 
-    def _emptied(self, instance: ExecutionInstance) -> None:
+    def _close_left(self, instance: ExecutionInstance) -> bool:
         leaving = self._leaving.pop(instance, None)
         if leaving is not None:
             self._close_engine(leaving)
-        elif instance.health_status == HealthStatus.DRAINING and (record := self._mine(instance)) is not None:
+        return leaving is not None
+
+    def _emptied(self, instance: ExecutionInstance) -> None:
+        if self._close_left(instance):
+            return
+        if instance.health_status == HealthStatus.DRAINING and (record := self._mine(instance)) is not None:
             self._status.say(record, "instance_drained", "drained: its last request has ended")
 
     # ---- how requests ended there
@@ -260,7 +287,7 @@ class Fleet:
             now_s = self._clock.now_s()
         record.last_success_s = now_s
         if self._status.busy:
-            self._status.busy.pop(instance.instance_id, None)
+            self._status.busy.pop(instance.server_id, None)
         record.outliers.success(now_s)
         if record.trial:
             self._status.proven(record)
@@ -300,7 +327,7 @@ class Fleet:
     def _may_eject_slow(self, instance: ExecutionInstance) -> bool:
         """Time limits alone never take out more than half of a model's instances: they may be too tight for all of them."""
         for name in instance.served_models or (instance.model_name,):
-            peers = self._index.serving(name)
+            peers = {peer.server or peer for peer in self._index.serving(name)}
             out = sum(peer.health_status == HealthStatus.UNHEALTHY for peer in peers)
             if (out + 1) * 2 > len(peers):
                 return False
@@ -310,11 +337,11 @@ class Fleet:
 
     def drain(self, instance_id: str) -> None:
         """No new work; what runs there ends, which is said. Raises InstanceNotFound."""
-        record = self._record(instance_id)
+        record = self._server(instance_id)
         instance = record.instance
         if instance.health_status == HealthStatus.DRAINING:
             return
-        instance.health_status = HealthStatus.DRAINING
+        record.mark(HealthStatus.DRAINING)
         record.was_usable = False
         self._status.say(record, "instance_draining", f"draining: {instance.active_requests} requests still run there")
         if not instance.active_requests:
@@ -322,12 +349,12 @@ class Fleet:
 
     def undrain(self, instance_id: str) -> None:
         """Back to what is known of its health. Raises InstanceNotFound."""
-        record = self._record(instance_id)
+        record = self._server(instance_id)
         instance = record.instance
         if instance.health_status != HealthStatus.DRAINING:
             return
         self._status.say(record, "instance_undrained", "takes work again")
-        instance.health_status = self._status.deserved(record)
+        record.mark(self._status.deserved(record))
         record.was_usable = instance.is_usable
         self._monitor.probe_soon(record)
         self._status.changed(instance)
@@ -360,7 +387,8 @@ class Fleet:
     async def stop(self) -> None:
         """End all tasks and close the engines' connections. May repeat; :meth:`start` works again afterwards."""
         self._running = False
-        records = [*self._records.values(), *self._leaving.values()]
+        records = [*self._records.values(), *self._ranks.records.values(), *self._leaving.values()]
+        records += [rank for record in self._leaving.values() for rank in record.ranks]
         tasks = [record.task for record in records if record.task is not None]
         for task in tasks:
             task.cancel()
@@ -375,7 +403,15 @@ class Fleet:
             self._monitor.watch(record, len(self._records)), name=f"probe {record.instance.instance_id}"
         )
 
+    def _rank_left(self, rank: Record) -> None:
+        if rank.instance.active_requests > 0:
+            self._leaving[rank.instance] = rank
+        else:
+            self._close_engine(rank)
+
     def _close_engine(self, record: Record) -> None:
+        for rank in record.ranks:
+            self._close_engine(rank)
         engine, record.engine = record.engine, None
         if engine is None:
             return
@@ -393,14 +429,26 @@ class Fleet:
     # ---- inside
 
     def _record(self, instance_id: str) -> Record:
-        record = self._records.get(instance_id)
+        record = self._records.get(instance_id) or self._ranks.records.get(instance_id)
         if record is None:
             raise InstanceNotFound(f"no instance {instance_id!r} is registered")
         return record
 
+    def _server(self, instance_id: str) -> Record:
+        """What concerns an address is said of the instance that is registered for it."""
+        record = self._record(instance_id)
+        if record.instance.server is not None:
+            server_id = record.instance.server_id
+            message = f"{instance_id!r} is a data-parallel rank of {server_id!r}, which it comes and goes with"
+            raise InvalidRequest(message, param="instance_id")
+        return record
+
     def _mine(self, instance: ExecutionInstance) -> Record | None:
-        record = self._records.get(instance.instance_id)
-        return record if record is not None and record.instance is instance else None
+        """The record of its address, if it is one of ours."""
+        live: LiveState = instance
+        server: ExecutionInstance = instance if live.server is None else live.server
+        record = self._records.get(server.instance_id)
+        return record if record is not None and record.instance is server else None
 
     def _engine_of(self, record: Record) -> Engine:
         if record.engine is None:
@@ -415,7 +463,7 @@ class Fleet:
         serving = self._index.serving(lane.model)
         kind = lane.kind
         if lane.pinned is not None:
-            serving = [instance for instance in serving if instance.instance_id == lane.pinned]
+            serving = [instance for instance in serving if _is_of(instance, lane.pinned)]
             if kind is RequestKind.ANY and not lane.avoid and any(one.health_status in _ANSWERS for one in serving):
                 return serving  # it asks for what runs or is kept there, which is no new work: draining and full ones answer, too
         if limit is None or len(serving) <= limit:
@@ -427,7 +475,7 @@ class Fleet:
             found = self._last_resort(serving, kind)
             found = roomy(found) if room else found
         if lane.avoid:
-            found = [instance for instance in found if instance.instance_id not in lane.avoid]
+            found = [instance for instance in found if instance.server_id not in lane.avoid]
         status = self._status
         if (status.suspects or status.busy or lane.avoid) and len(found) > 1:
             found = self._better(found, retried=bool(lane.avoid))
@@ -437,10 +485,10 @@ class Fleet:
         """Without those that are given work only when there is nothing better: that missed a probe, or had too much to do. A request
         that has failed once already, and is tried only once more, is not sent to one on trial or where the last one failed."""
         status = self._status
-        doubtful = {i.instance_id for i in found if self._records[i.instance_id].outliers.failing} | status.trials.keys() if retried else ()
+        doubtful = {i.server_id for i in found if self._records[i.server_id].outliers.failing} | status.trials.keys() if retried else ()
         for worse in (status.suspects, status.busy_now(), doubtful):
             if worse:
-                found = [instance for instance in found if instance.instance_id not in worse] or found
+                found = [instance for instance in found if instance.server_id not in worse] or found
         return found
 
     def _last_resort(self, serving: list[ExecutionInstance], kind: RequestKind) -> list[ExecutionInstance]:
@@ -449,6 +497,11 @@ class Fleet:
             for instance in serving
             if instance.health_status == HealthStatus.UNHEALTHY
             and instance.is_available
-            and self._records[instance.instance_id].cause in LAST_RESORT
+            and self._records[instance.server_id].cause in LAST_RESORT
             and instance.can_do(kind)
         ]
+
+
+def _is_of(instance: ExecutionInstance, named: str) -> bool:
+    """It is the instance named, or a rank of it."""
+    return named in (instance.instance_id, instance.server_id)

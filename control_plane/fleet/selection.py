@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from control_plane.clock import Clock
+from control_plane.fleet.ranks import follow, follow_state
 from control_plane.live_state import LiveState
 from control_plane.types import ExecutionInstance, ExecutionInstanceType, HealthStatus, RequestKind
 
@@ -29,22 +30,33 @@ class ModelIndex:
         self._by_model: dict[str, list[ExecutionInstance]] = {}
         self._names: list[str] = []
         self._due_s = 0.0
-        #: all of them, in order of registration
-        self.instances: list[ExecutionInstance] = []
+        #: all that are registered, in order of registration
+        self.servers: list[ExecutionInstance] = []
+        #: where requests are placed: the same, but the ranks of those that have ranks
+        self.targets: list[ExecutionInstance] = self.servers
+        #: servers whose ranks are told apart, each with the cap that was shared out among them last
+        self._split: list[tuple[ExecutionInstance, int | None]] = []
 
     def rebuild(self) -> None:
         by_model: dict[str, list[ExecutionInstance]] = {}
-        for instance in self.instances:
+        self._split = [(server, server.max_concurrent_requests) for server in self.servers if server.ranks]
+        for server, _ in self._split:
+            follow(server)
+        targets = self.servers
+        if self._split:
+            targets = [target for server in self.servers for target in server.ranks or (server,)]
+        for instance in targets:
             for name in dict.fromkeys((instance.model_name, *instance.served_models)):
                 if name:
                     by_model.setdefault(name, []).append(instance)
+        self.targets = targets
         self._by_model = by_model
-        self._names = [instance.model_name for instance in self.instances]
+        self._names = [instance.model_name for instance in self.servers]
         self._due_s = self._clock.now_s() + NAMES_INTERVAL_S
 
     def serving(self, model: str) -> list[ExecutionInstance]:
         """Not to be changed by the caller. An owner may rename an instance at any time, so names are compared first."""
-        compare = len(self.instances) <= NAMES_ALWAYS or self._clock.now_s() >= self._due_s
+        compare = len(self.targets) <= NAMES_ALWAYS or self._clock.now_s() >= self._due_s
         if compare:
             self._follow_names()
         serving = self._by_model.get(model)
@@ -60,16 +72,28 @@ class ModelIndex:
 
     def _renamed(self) -> bool:
         names = self._names
-        for at, instance in enumerate(self.instances):
+        for at, instance in enumerate(self.servers):
             live: LiveState = instance
             if live.model_name is not names[at] and live.model_name != names[at]:
                 return True
         return False
 
+    def _follow_owners(self) -> None:
+        """What an owner sets on a server counts for its ranks."""
+        for at, (server, cap) in enumerate(self._split):
+            live: LiveState = server
+            rank: LiveState = server.ranks[0]
+            now: int | None = live.max_concurrent_requests
+            if rank.health_status is not live.health_status or rank.is_available is not live.is_available or now != cap:
+                follow_state(server)
+                self._split[at] = (server, now)
+
     def _follow_names(self) -> None:
+        if self._split:
+            self._follow_owners()
         if self._renamed():
             self.rebuild()
-        elif len(self.instances) > NAMES_ALWAYS:
+        elif len(self.targets) > NAMES_ALWAYS:
             self._due_s = self._clock.now_s() + NAMES_INTERVAL_S
 
 

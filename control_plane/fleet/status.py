@@ -54,12 +54,15 @@ class StatusBook:
             self.say(record, name, message, **fields)
 
     def forget(self, instance: ExecutionInstance) -> None:
+        """What was learned of it, and of its ranks, holds no more."""
         if self.on_forget is not None:
-            self.on_forget(instance)
+            for one in (instance, *instance.ranks):
+                self.on_forget(one)
 
     def changed(self, instance: ExecutionInstance) -> None:
         if self.on_change is not None:
-            self.on_change(instance)
+            for one in (instance, *instance.ranks):
+                self.on_change(one)
 
     def deserved(self, record: Record) -> HealthStatus:
         """The state that follows from what is known of it, drained or not."""
@@ -87,7 +90,7 @@ class StatusBook:
             record.trial = True
             self.trials[instance.instance_id] = record
         if instance.health_status != HealthStatus.DRAINING:
-            instance.health_status = HealthStatus.HEALTHY
+            record.mark(HealthStatus.HEALTHY)
             self.say(record, name, message, model=instance.model_name)
             record.was_usable = instance.is_usable
             self.changed(instance)
@@ -167,7 +170,7 @@ class StatusBook:
         record.was_usable = False
         self.suspects.discard(record.instance.instance_id)
         if record.instance.health_status != HealthStatus.DRAINING:
-            record.instance.health_status = HealthStatus.UNHEALTHY
+            record.mark(HealthStatus.UNHEALTHY)
 
     def clear_trial(self, record: Record) -> None:
         record.trial = False
@@ -178,7 +181,7 @@ class StatusBook:
         """Not to be used until its name is known or it is warm."""
         record.was_usable = False
         if record.instance.health_status != HealthStatus.DRAINING:
-            record.instance.health_status = HealthStatus.STARTING
+            record.mark(HealthStatus.STARTING)
 
     def idle(self, record: Record) -> None:
         """Its server answers, so nothing is wrong with it, but it serves nothing that may be used."""
@@ -186,14 +189,14 @@ class StatusBook:
             self.clear(record)
         record.was_usable = False
         if record.instance.health_status in (HealthStatus.HEALTHY, HealthStatus.UNHEALTHY):
-            record.instance.health_status = self.deserved(record)
+            record.mark(self.deserved(record))
 
     def wrong_model(self, record: Record, served: Sequence[str]) -> None:
         """Its server answers, but does not serve the configured model."""
         instance = record.instance
         record.was_usable = False
         if instance.health_status not in (HealthStatus.DRAINING, HealthStatus.WRONG_MODEL):
-            instance.health_status = HealthStatus.WRONG_MODEL
+            record.mark(HealthStatus.WRONG_MODEL)
         said = f"wrong_model {sorted(served)}"
         if said not in record.said:
             record.said.add(said)

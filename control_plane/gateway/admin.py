@@ -107,6 +107,9 @@ class AdminApi:
 
     async def patch_instance(self, request: Request) -> Response:
         instance = self._find(request)
+        if instance.server is not None:
+            message = f"{instance.instance_id!r} is a data-parallel rank; what is set on {instance.server_id!r} holds for all of its ranks"
+            raise InvalidRequest(message, param="instance_id")
         change_instance(instance, await _object(request))
         self._manager.fleet.refresh(instance)
         return answer(self._describe(instance))

@@ -249,7 +249,7 @@ class Gateway:
     def _ready(self, exchange: Exchange) -> None:
         if self.relay.open.draining or not self.manager.is_running:
             raise Draining("This gateway is shutting down or has not started.")
-        usable = sum(instance.is_usable for instance in self.manager.fleet.instances())
+        usable = sum(instance.is_usable for instance in self.manager.fleet.servers())
         if not usable:
             raise NoInstanceAvailable("No instance can serve now.")
         self._json(exchange, {"status": "ready", "usable_instances": usable})

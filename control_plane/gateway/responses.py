@@ -53,7 +53,7 @@ class ResponseHomes:
         """
         home = self._homes.get(response_id)
         if home is None:
-            instances = self._fleet.instances()
+            instances = self._fleet.servers()
             if len(instances) != 1:
                 raise ResponseNotFound(f"No response {response_id!r} is known here; it may be too old.", param=param)
             return instances[0].instance_id

@@ -143,6 +143,9 @@ INSTANCE_GAUGES: tuple[tuple[str, str, Callable[[ExecutionInstance], float]], ..
     ("engine_running_requests", "Running in the engine at the last scrape.", lambda one: one.engine.running),
     ("engine_waiting_requests", "Waiting inside the engine at the last scrape.", lambda one: one.engine.waiting),
     ("engine_kv_cache_usage_ratio", "Share of its KV cache in use at the last scrape.", lambda one: one.engine.kv_cache_usage),
+    ("others_requests", "Requests of other clients in flight there.", lambda one: one.others_requests),
+    ("context_tokens", "Prompt and answer tokens of our requests in flight there.", lambda one: one.in_flight.context_tokens),
+    ("saturation_ratio", "How surely more work would only wait inside the engine.", lambda one: one.saturation),
 )
 
 #: name, help, field of ModelCell

@@ -20,10 +20,10 @@ from control_plane.roofline import profile as named_profile
 from control_plane.sim_engine.choices import Choice
 from control_plane.sim_engine.errors import ApiError, Moved, PlainError, invalid, refused_by_engine, too_long, unknown_model
 from control_plane.sim_engine.fields import Body
-from control_plane.sim_engine.metrics import EngineMetrics
+from control_plane.sim_engine.metrics import DIALECTS, EngineMetrics, write_page
 from control_plane.sim_engine.params import Options, check_sequences, sampling
 from control_plane.sim_engine.prompts import Prompts
-from control_plane.sim_engine.pump import Pump
+from control_plane.sim_engine.ranks import Balancer, Rank
 from control_plane.sim_engine.replies import Reply
 from control_plane.sim_engine.routes import KINDS, find_route
 from control_plane.sim_engine.tokens import Tokenizer
@@ -57,6 +57,8 @@ class SimEngine:
         prefix_caching: keep prefix blocks.
         responses_store: keep answers of ``/v1/responses`` (``VLLM_ENABLE_RESPONSES_API_STORE=1`` in vLLM; off there and here).
         jitter: sigma of the lognormal noise on step times.
+        data_parallel_size: ranks behind this server, an engine each; ``X-data-parallel-rank`` names one.
+        metrics_dialect: whose names ``/metrics`` uses: ``vllm``, ``vllm-0.8`` (an older one's) or ``sglang``.
 
     Faults for tests: :meth:`hang` and :meth:`resume`, :meth:`fail_next`, :attr:`cut_streams_after`, :meth:`abort_all`, :meth:`kill`.
     """
@@ -78,6 +80,8 @@ class SimEngine:
         prefix_caching: bool = True,
         responses_store: bool = False,
         jitter: float = 0.0,
+        data_parallel_size: int = 1,
+        metrics_dialect: str = "vllm",
         clock: Clock | None = None,
     ) -> None:
         if not speed > 0:
@@ -90,6 +94,10 @@ class SimEngine:
             )
         if max_model_len is not None and max_model_len < 1:
             raise ConfigurationError(f"max_model_len {max_model_len} is not 1 or more", param="max_model_len")
+        if data_parallel_size < 1:
+            raise ConfigurationError(f"data_parallel_size {data_parallel_size} is not 1 or more", param="data_parallel_size")
+        if metrics_dialect not in DIALECTS:
+            raise ConfigurationError(f"metrics_dialect {metrics_dialect!r} is not one of {', '.join(DIALECTS)}", param="metrics_dialect")
         found = named_profile(profile) if isinstance(profile, str) else profile
         overrides = {
             "max_num_seqs": max_num_seqs,
@@ -122,11 +130,16 @@ class SimEngine:
         self.prompts = Prompts(self.tokenizer, self.model_name, self.context)
         #: drop the connection of every stream after so many tokens (0: never)
         self.cut_streams_after = 0
-        self.model = EngineModel(
-            found, scheduling=scheduling_policy, caching=prefix_caching and kind == "generate", rng=self.rng, jitter=jitter
-        )
-        self.metrics = EngineMetrics(self.model, self.model_name, self.clock.utc(self.clock.now_s()).timestamp())
-        self._pump: Pump | None = None
+        self.metrics_dialect = metrics_dialect
+        started_unix_s = self.clock.utc(self.clock.now_s()).timestamp()
+        caching = prefix_caching and kind == "generate"
+        models = [
+            EngineModel(found, scheduling=scheduling_policy, caching=caching, rng=self.rng, jitter=jitter)
+            for _ in range(data_parallel_size)
+        ]
+        #: data-parallel ranks, in order; one where there is no such thing
+        self.ranks = [Rank(model, EngineMetrics(model, self.model_name, started_unix_s, at)) for at, model in enumerate(models)]
+        self._balancer = Balancer(self.ranks)
         self._server: HttpServer | None = None
         self._replies: set[Reply] = set()
         self._hanging: list[Exchange] | None = None
@@ -137,7 +150,8 @@ class SimEngine:
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
         """Listen. Port 0: any free one, see :attr:`port`."""
-        self._pump = Pump(self.model, self.metrics, asyncio.get_running_loop(), self.speed)
+        for rank in self.ranks:
+            rank.start(asyncio.get_running_loop(), self.speed)
         self._server = HttpServer(self._handle, limits=ServerLimits(idle_timeout_s=KEEP_ALIVE_S))
         await self._server.start(host, port)
 
@@ -160,15 +174,19 @@ class SimEngine:
             for reply in list(self._replies):
                 reply.cut_short()
         await server.stop(max(grace_s, _FLUSH_S))
-        self.pump.close()
+        self._close_pumps()
 
     async def kill(self) -> None:
         """Be gone at once, as after a crash: every connection dropped, nobody listening."""
         server, self._server = self._server, None
         if server is not None:
             self.abort_all()
-            self.pump.close()
+            self._close_pumps()
             await server.stop(0.0)
+
+    def _close_pumps(self) -> None:
+        for rank in self.ranks:
+            rank.pump.close()
 
     def abort_all(self) -> None:
         """Drop the connections of all requests under way, without an answer."""
@@ -183,12 +201,14 @@ class SimEngine:
         """Accept connections and read requests, but do and answer nothing, as a stopped process does."""
         if self._hanging is None:
             self._hanging = []
-            self.pump.halt()
+            for rank in self.ranks:
+                rank.pump.halt()
 
     def resume(self) -> None:
         """End :meth:`hang`: everything goes on where it stopped."""
         held, self._hanging = self._hanging or [], None
-        self.pump.proceed()
+        for rank in self.ranks:
+            rank.pump.proceed()
         for exchange in held:
             if not exchange.finished:
                 self._handle(exchange)
@@ -203,10 +223,9 @@ class SimEngine:
         return self._server
 
     @property
-    def pump(self) -> Pump:
-        if self._pump is None:
-            raise RuntimeError("the engine was not started")
-        return self._pump
+    def model(self) -> EngineModel:
+        """The first rank's: the only one's where there are no others."""
+        return self.ranks[0].model
 
     # ------------------------------------------------------------------ requests
 
@@ -242,13 +261,21 @@ class SimEngine:
             status = plain.status
             exchange.respond(status, [*self.headers(b"application/json"), *plain.headers], plain.body())
         if exchange.path not in _UNCOUNTED:
-            self.metrics.http(label, exchange.method, status)
+            self.ranks[0].metrics.http(label, exchange.method, status)
 
     def began(self, reply: Reply) -> None:
         self._replies.add(reply)
 
     def ended(self, reply: Reply) -> None:
         self._replies.discard(reply)
+
+    def rank_for(self, exchange: Exchange) -> Rank:
+        """Which rank a request runs on. Raises ApiError for one that is not there."""
+        return self._balancer.choose(exchange.header(b"x-data-parallel-rank"))
+
+    def metrics_page(self, only: frozenset[str] = frozenset()) -> bytes:
+        """``only``: these series, as the Prometheus client gives them for ``?name[]=``; empty: all."""
+        return write_page([rank.metrics for rank in self.ranks], self.metrics_dialect, only)
 
     @property
     def open_requests(self) -> int:
@@ -283,7 +310,8 @@ class SimEngine:
 
     def load_headers(self, wanted: bytes) -> list[Header]:
         """The load report that a caller asked for (ORCA)."""
-        waiting, usage = float(self.model.waiting), self.model.kv_usage
+        waiting = float(sum(rank.model.waiting for rank in self.ranks))
+        usage = sum(rank.model.kv_usage for rank in self.ranks) / len(self.ranks)
         if wanted.strip().lower() == b"json":
             report = f'JSON {{"named_metrics": {{"num_requests_waiting": {waiting}, "kv_cache_usage_perc": {usage}}}}}'
         elif wanted.strip().lower() != b"text":

@@ -76,6 +76,30 @@ _WAITING_HELP: Final = (
 _EXTERNAL_HELP: Final = "External prefix cache {} from KV connector cross-instance cache sharing, in terms of number of {} tokens."
 
 
+#: other names for some of the series, and which are not there ("")
+DIALECTS: Final[Mapping[str, Mapping[str, str]]] = {
+    "vllm": {},
+    "vllm-0.8": {
+        "vllm:kv_cache_usage_perc": "vllm:gpu_cache_usage_perc",
+        "vllm:prefix_cache_queries": "vllm:gpu_prefix_cache_queries",
+        "vllm:prefix_cache_hits": "vllm:gpu_prefix_cache_hits",
+        "vllm:num_requests_waiting_by_reason": "",
+    },
+    "sglang": {
+        "vllm:num_requests_running": "sglang:num_running_reqs",
+        "vllm:num_requests_waiting": "sglang:num_queue_reqs",
+        "vllm:kv_cache_usage_perc": "sglang:token_usage",
+        "vllm:prompt_tokens": "sglang:prompt_tokens",
+        "vllm:prompt_tokens_cached": "sglang:cached_tokens",
+        "vllm:generation_tokens": "sglang:generation_tokens",
+        "vllm:num_preemptions": "sglang:num_retracted_requests",
+        "vllm:time_to_first_token_seconds": "sglang:time_to_first_token_seconds",
+        "vllm:": "",
+    },
+}
+_SUFFIXES: Final = ("_total", "_created", "_bucket", "_count", "_sum", "")
+
+
 class _Histogram:
     __slots__ = ("bounds", "counts", "total")
 
@@ -90,13 +114,14 @@ class _Histogram:
 
 
 class EngineMetrics:
-    """Counts as things happen; :meth:`page` writes it all down."""
+    """Counts as things happen on one rank; :func:`write_page` writes it all down."""
 
-    __slots__ = ("_histograms", "_http", "_label_sets", "_model", "_model_name", "_started_unix_s", "_success")
+    __slots__ = ("_histograms", "_http", "_label_sets", "_model", "_model_name", "_rank", "_started_unix_s", "_success")
 
-    def __init__(self, model: EngineModel, model_name: str, started_unix_s: float) -> None:
+    def __init__(self, model: EngineModel, model_name: str, started_unix_s: float, rank: int = 0) -> None:
         self._model = model
         self._model_name = model_name
+        self._rank = rank
         self._started_unix_s = started_unix_s
         self._histograms = {name: _Histogram(bounds) for name, _, bounds in _HISTOGRAMS}
         self._success = dict.fromkeys(_FINISH_REASONS, 0)
@@ -142,17 +167,25 @@ class EngineMetrics:
 
     # ------------------------------------------------------------------ the page
 
-    def page(self) -> bytes:
-        lines: list[str] = []
+    def families(self) -> list[list[str]]:
+        """Every family's lines: help, type, samples. The same families in the same order on every rank."""
+        found: list[list[str]] = []
         for family in (self._gauges, self._counters, self._distributions, self._cache_config, self._http_requests):
-            lines.extend(family())
-        return ("\n".join(lines) + "\n").encode()
+            for line in family():
+                if line.startswith("# HELP"):
+                    found.append([])
+                found[-1].append(line)
+        return found
 
     def _labels(self, extra: str = "") -> str:
         """The common labels and perhaps one more (``name=value``), sorted by name as the Prometheus client writes them."""
         found = self._label_sets.get(extra)
         if found is None:
-            names = {"engine": "0", "model_name": self._model_name, **dict(part.split("=", 1) for part in extra.split() if part)}
+            names = {
+                "engine": str(self._rank),
+                "model_name": self._model_name,
+                **dict(part.split("=", 1) for part in extra.split() if part),
+            }
             found = self._label_sets[extra] = "{" + ",".join(f'{name}="{names[name]}"' for name in sorted(names)) + "}"
         return found
 
@@ -222,7 +255,7 @@ class EngineMetrics:
             "cache_dtype": "auto",
             "effective_attention_block_size": size,
             "enable_prefix_caching": self._model.blocks.caching,
-            "engine": 0,
+            "engine": self._rank,
             "gpu_memory_utilization": profile.gpu_memory_utilization,
             "kv_cache_max_concurrency": round(blocks * size / profile.max_model_len_tokens, 2),
             "kv_cache_size_tokens": blocks * size,
@@ -241,3 +274,30 @@ class EngineMetrics:
         yield "# TYPE http_requests_total counter"
         for (handler, method, status), count in self._http.items():
             yield f'http_requests_total{{handler="{handler}",method="{method}",status="{status}"}} {float(count)}'
+
+
+def write_page(ranks: Sequence[EngineMetrics], dialect: str, only: frozenset[str] = frozenset()) -> bytes:
+    """The page of a server with these ranks. ``only``: samples of these names; empty: all."""
+    lines: list[str] = []
+    first, *others = [one.families() for one in ranks]
+    for at, family in enumerate(first):
+        rows = renamed([*family, *(line for other in others for line in other[at][2:])], DIALECTS[dialect])
+        if only:
+            samples = [line for line in rows[2:] if line.partition("{")[0] in only]
+            rows = [*rows[:2], *samples] if samples else []
+        lines += rows
+    return ("\n".join(lines) + "\n").encode()
+
+
+def renamed(rows: list[str], renames: Mapping[str, str]) -> list[str]:
+    """One family under another dialect's names; nothing where that has no such series."""
+    if not renames:
+        return rows
+    name = rows[0].split()[2]
+    for suffix in _SUFFIXES:
+        new = renames.get(name.removesuffix(suffix)) if suffix == "" or name.endswith(suffix) else None
+        if new is not None:
+            old = name.removesuffix(suffix)
+            return [row.replace(old, new, 1) for row in rows] if new else []
+    gone = renames.get(name.partition(":")[0] + ":") == ""
+    return [] if gone else rows

@@ -13,6 +13,7 @@ from control_plane.sim_engine.words import Generation
 
 if TYPE_CHECKING:
     from control_plane.sim_engine.engine import SimEngine
+    from control_plane.sim_engine.pump import Pump
     from control_plane.transport import Exchange
 
 Json = dict[str, Any]
@@ -21,7 +22,7 @@ Json = dict[str, Any]
 class Reply:
     """A request that is being worked on. This one waits for all its sequences and then answers as a whole."""
 
-    __slots__ = ("choices", "created", "engine", "exchange", "id", "open", "options")
+    __slots__ = ("choices", "created", "engine", "exchange", "id", "open", "options", "pump")
 
     def __init__(self, engine: SimEngine, exchange: Exchange, request_id: str, options: Options) -> None:
         self.engine = engine
@@ -31,14 +32,17 @@ class Reply:
         self.created = engine.unix_s()
         self.choices: list[Choice] = []
         self.open = 0
+        #: of the rank that it runs on, once it runs
+        self.pump: Pump | None = None
 
     def start(self, choices: list[Choice]) -> None:
-        """Hand the sequences to the engine; the answer follows by itself."""
+        """Hand the sequences to the engine; the answer follows by itself. Raises ApiError where it names a rank that is not there."""
+        self.pump = self.engine.rank_for(self.exchange).pump
         self.choices = choices
         self.open = len(choices)
         self.exchange.on_disconnect = self.leave
         self.engine.began(self)
-        self.engine.pump.submit(choices)
+        self.pump.submit(choices)
 
     def token(self, choice: Choice) -> None:
         """A token came: ``choice.produced`` of them by now."""
@@ -52,7 +56,8 @@ class Reply:
 
     def cut_short(self) -> None:
         """The engine goes away: end with what there is, and the reason ``abort``."""
-        self.engine.pump.abort(self.choices)
+        if self.pump is not None:
+            self.pump.abort(self.choices)
         for choice in self.choices:
             generation = choice.generation
             if choice.produced < choice.output_tokens and generation is not None:
@@ -63,7 +68,8 @@ class Reply:
 
     def leave(self) -> None:
         """The client left: its sequences need no longer be computed."""
-        self.engine.pump.abort(self.choices)
+        if self.pump is not None:
+            self.pump.abort(self.choices)
         self.close()
 
     def close(self) -> None:

@@ -541,6 +541,25 @@ class TestLearnedConcurrency:
         assert self.observe(*full, (60, 0, 60)) == 72
         assert self.observe(*full, (64, 8, 72)) == 72
 
+    def test_others_share_of_the_batch_is_not_ours_to_send(self) -> None:
+        learner = ConcurrencyLearner()
+        for _ in range(3):
+            learner.observe(64, 40, 80, others=24)
+        assert learner.cap == 64 - 24 + 8
+
+    def test_requests_thrown_out_of_the_kv_cache_show_a_full_batch_though_few_wait(self) -> None:
+        learner = ConcurrencyLearner()
+        for _ in range(3):
+            learner.observe(32, 2, 34, preempted=3, kv_cache_usage=1.0)
+        assert learner.cap == 36
+        assert ConcurrencyLearner().observe(32, 2, 34, preempted=3) is None
+
+    def test_it_grows_slowly_where_the_kv_cache_is_nearly_full(self) -> None:
+        learner = ConcurrencyLearner()
+        for _ in range(3):
+            learner.observe(64, 40, 104)
+        assert learner.observe(72, 0, 72, kv_cache_usage=0.95) == 81
+
     def test_it_shrinks_with_the_batch(self) -> None:
         assert self.observe(*[(64, 40, 104)] * 3, *[(20, 52, 72)] * 3) == 24
 

@@ -192,7 +192,7 @@ class TestInstances:
     async def test_what_its_owner_sets_counts_from_then_on(self, make: Make, out: dict[str, object], back: dict[str, object]) -> None:
         world = make("a", default_model=MODEL)
         await world.manager.start()
-        await until(lambda: world.manager.get_instances()[0].engine.at_s)  # the first probe is over; the next is far
+        await until(lambda: "a" in world.engines and world.engines["a"].looked_at)  # the first probe is over; the next is far
         instance = world.manager.get_instances()[0]
         for name, value in out.items():
             setattr(instance, name, value)

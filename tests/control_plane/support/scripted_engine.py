@@ -63,6 +63,8 @@ class ScriptedEngine:
         self.calls: list[ScriptedCall] = []
         #: names that its server tells; None: that of its instance
         self.models: list[str] | None = None
+        #: it was asked for its models, with which a look at a server ends
+        self.looked_at = False
 
     def start(self, leg: Leg, wire: WireRequest, sink: Sink, request: RequestMetadata) -> Call:
         call = ScriptedCall(self, wire, sink, request)
@@ -77,6 +79,7 @@ class ScriptedEngine:
 
     async def get(self, path: str, timeout_s: float) -> tuple[int, bytes]:
         if path == "/v1/models":
+            self.looked_at = True
             names = self.models if self.models is not None else [self.instance.model_name]
             return 200, json.dumps({"object": "list", "data": [{"id": name, "object": "model"} for name in names if name]}).encode()
         return 200, b""

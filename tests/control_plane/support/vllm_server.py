@@ -31,11 +31,12 @@ START_LIMIT_S = 240.0
 class VllmServer:
     """One server on one CPU core, in a process group of its own. Its output goes to ``log`` and outlives restarts.
 
+    ``core``: with data-parallel ranks one for each, such as ``0|1``.
     ``others_core``: what is not the model's own work (HTTP, scheduling) keeps to that core; None: to any.
     """
 
     def __init__(
-        self, label: str, core: int, log_dir: Path, flags: tuple[str, ...] = GENERATING, *, others_core: int | None = None
+        self, label: str, core: int | str, log_dir: Path, flags: tuple[str, ...] = GENERATING, *, others_core: int | None = None
     ) -> None:
         self.label = label
         self.model = MODEL
