@@ -8,6 +8,7 @@ from typing import Final, Protocol
 from control_plane.clock import Clock
 from control_plane.errors import ControlPlaneError
 from control_plane.fleet import Fleet
+from control_plane.fleet.prefix.index import NOT_MATCHED
 from control_plane.job import Job
 from control_plane.live_state import LiveState
 from control_plane.protocols import Call, EngineOutcome, Headers
@@ -32,6 +33,7 @@ class Attempt:
         "_settled",
         "backlog_ms",
         "batch",
+        "cached",
         "call",
         "chunk",
         "frame",
@@ -53,6 +55,8 @@ class Attempt:
         live: LiveState = instance
         self.backlog_ms: float = live.outstanding_ms
         self.batch = float(live.active_requests + 1)
+        #: prompt tokens that were expected to be in its cache, and how sure that was (``fleet.prefix``)
+        self.cached: tuple[int, int] = NOT_MATCHED
         #: something has reached the caller's sink: from here on the request cannot be tried elsewhere
         self.sent = False
         #: bytes go from the engine to the caller's sink without a frame of ours in between

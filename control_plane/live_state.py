@@ -84,6 +84,7 @@ REQUEST_FIELDS = (
     "preferred_instance_id",
     "priority",
     "prompt",
+    "prompt_chain",
     "prompt_head",
     "prompt_size_bytes",
     "queue_time",
@@ -139,6 +140,7 @@ class RequestFields:
     kind: Any
     input_tokens: Any
     prompt_head: Any
+    prompt_chain: Any
     prompt_size_bytes: Any
 
     @property
@@ -179,4 +181,5 @@ class RequestFields:
         self.kind = None
         self.input_tokens = None
         self.prompt_head = b""
+        self.prompt_chain = None
         self.prompt_size_bytes = None

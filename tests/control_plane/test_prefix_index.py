@@ -11,7 +11,7 @@ from scripted_engine import ScriptedCall, ScriptedEngine
 
 from control_plane import ControlPlaneManager, ExecutionInstance, RequestMetadata
 from control_plane.fleet import HealthSettings, PrefixIndex
-from control_plane.fleet.prefix_index import MAX_PIECES, PIECE_BYTES
+from control_plane.fleet.prefix.pieces import PIECE_BYTES
 
 A = ExecutionInstance(instance_id="a", model_name="m")
 B = ExecutionInstance(instance_id="b", model_name="m")
@@ -26,7 +26,7 @@ def prompt(text: str, model: str = "m") -> RequestMetadata:
 def test_whole_shared_pieces_count_and_nothing_else(shared: int, first: int, second: int) -> None:
     index = PrefixIndex()
     index.sent(prompt("s" * shared + "1" * first), A)
-    expected = min(shared // PIECE_BYTES, MAX_PIECES) * TOKENS
+    expected = min(shared // PIECE_BYTES, 8) * TOKENS
     assert index.cached_tokens(prompt("s" * shared + "2" * second), A) == expected
     assert index.cached_tokens(prompt("s" * shared), B) == 0
     assert index.cached_tokens(prompt("s" * shared, model="other"), A) == 0
