@@ -136,6 +136,9 @@ def sim_engine(
     block_size: Annotated[int | None, typer.Option(parser=_number(1, 4096), help="Tokens of a KV block, likewise.")] = None,
     num_gpu_blocks_override: Annotated[int | None, typer.Option(parser=_number(1, 2**31), help="KV blocks, likewise.")] = None,
     prefix_caching: Annotated[bool, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="As in vLLM.")] = True,
+    kv_events_config: Annotated[
+        str | None, typer.Option(metavar="JSON", help="As in vLLM: where it publishes which KV blocks it holds, over ZMQ.")
+    ] = None,
 ) -> None:
     """A simulated vLLM server: its paths, streams and metrics, in the time that the profile's hardware would take.
 
@@ -160,6 +163,7 @@ def sim_engine(
         block_size=block_size,
         num_gpu_blocks_override=num_gpu_blocks_override,
         prefix_caching=prefix_caching,
+        kv_events_config=kv_events_config,
         responses_store=os.environ.get("VLLM_ENABLE_RESPONSES_API_STORE", "0") not in ("", "0"),
         loop_factory=uvloop.new_event_loop,
     )

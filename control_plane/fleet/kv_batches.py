@@ -16,6 +16,8 @@ from msgspec import Raw, Struct
 
 #: batches that wait for one before them, at most
 MAX_PENDING: Final = 10_000
+#: how often a replay is asked for that does not come
+MAX_QUESTIONS: Final = 5
 #: of so many of the last batches it is known what they said
 _REMEMBERED: Final = 256
 #: the number that ends a replay, as bytes on the wire
@@ -140,11 +142,19 @@ class InOrder:
         self._pending: dict[int, bytes] = {}
         self._checked = False
         self._again = False
+        self._asked_from = 0
+        self._questions = 0
 
     def begin(self) -> None:
         """Nothing is known: ask for all that the publisher still has."""
         self._start_over()
         self._ask_for(0)
+
+    def check(self) -> None:
+        """Ask for the last batch and what came after it, and take nothing before that: so it shows when the newest ones were lost, or when
+        another publisher has come (after a lost connection), whose numbers may go on where the one before ended."""
+        if not self.asking:
+            self._ask_for(max(0, self.due - 1))
 
     def live(self, number: int, payload: bytes) -> None:
         """A batch came by itself."""
@@ -162,6 +172,14 @@ class InOrder:
             self._skip_gap()
         elif not self.asking:
             self._ask_for(max(0, self.due - 1))
+
+    def ask_again(self) -> None:
+        """No answer has come for a while: the question may have been lost with a connection. After MAX_QUESTIONS there is none."""
+        if self.asking and not self._checked and self._questions < MAX_QUESTIONS:
+            self._questions += 1
+            self._ask(self._asked_from)
+        else:
+            self.replay_ended()
 
     def replayed(self, number: int, payload: bytes) -> None:
         """A batch that was asked for."""
@@ -217,6 +235,8 @@ class InOrder:
     def _ask_for(self, number: int) -> None:
         self._checked = False
         self.asking = True
+        self._asked_from = number
+        self._questions = 1
         if not self._ask(number):
             self.asking = False
             if self._pending:

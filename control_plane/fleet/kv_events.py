@@ -27,8 +27,10 @@ WATCH_S: Final = 1.0
 #: seconds until an engine that told of no events is asked again
 ASK_AGAIN_S: Final = 60.0
 ASK_TIMEOUT_S: Final = 2.0
-#: a replay that has not ended after so long does not come
-REPLAY_TIMEOUT_S: Final = 5.0
+#: a replay of which nothing has come for so long is asked for again
+REPLAY_TIMEOUT_S: Final = 1.0
+#: seconds between looks whether something was lost unseen
+CHECK_S: Final = 10.0
 #: messages read from one socket before others have their turn
 MESSAGES_A_TURN: Final = 64
 #: batches kept by the socket; what comes above is lost, and replayed
@@ -155,6 +157,8 @@ class Subscription:
         self._sub.set_hwm(_HIGH_WATER)
         self._sub.setsockopt(zmq.LINGER, 0)
         self._sub.setsockopt(zmq.SUBSCRIBE, source.topic.encode())
+        #: tells when the connection is lost: whoever answers then may be another process
+        self._monitor: Any = self._sub.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._replay: Any = None
         if source.replay_endpoint is not None:
             self._replay = context.socket(zmq.DEALER)
@@ -165,10 +169,9 @@ class Subscription:
                 socket.setsockopt(zmq.IPV6, "[" in address)
                 socket.connect(address)
         self._closed = False
-        loop.add_reader(self._sub.getsockopt(zmq.FD), self.read)
-        if self._replay is not None:
-            loop.add_reader(self._replay.getsockopt(zmq.FD), self.read)
-        self._fds = [one.getsockopt(zmq.FD) for one in (self._sub, self._replay) if one is not None]
+        self._fds = [one.getsockopt(zmq.FD) for one in (self._sub, self._monitor, self._replay) if one is not None]
+        for fd in self._fds:
+            loop.add_reader(fd, self.read)
         self.order.begin()
 
     def close(self) -> None:
@@ -176,22 +179,29 @@ class Subscription:
             self._closed = True
             for fd in self._fds:
                 self._loop.remove_reader(fd)
+            self._sub.disable_monitor()
             for socket in (self._sub, self._replay):
                 if socket is not None:
                     socket.close(0)
 
     def look(self) -> None:
-        """Once in a while: give up a replay that does not come; begin anew after the index forgot the instance."""
-        if self.order.asking and self._clock.now_s() >= self._asked_s + REPLAY_TIMEOUT_S:
-            self.order.replay_ended()
+        """Once in a while: give up a replay that does not come, look whether something was lost unseen, begin anew after the index forgot
+        the instance."""
+        since_s = self._clock.now_s() - self._asked_s
+        if self.order.asking and since_s >= REPLAY_TIMEOUT_S:
+            self.order.ask_again()
         if self.blocks.forgotten:
             self._resync()
+        elif self._replay is not None and since_s >= CHECK_S:
+            self.order.check()
         self.read()
 
     def read(self) -> None:
         """Take what has come, some of it; the sockets tell only once that there is something."""
         if self._closed:
             return
+        if list(self._messages(self._monitor)):
+            self.order.check()
         left = MESSAGES_A_TURN
         for frames in self._messages(self._replay):
             if len(frames) >= 2:
@@ -288,6 +298,7 @@ class KvEventFeed:
         there = dict.fromkeys(self._fleet.instances())
         for instance in [one for one in self._subscriptions if one not in there]:
             self._unsubscribe(instance)
+            self._index.forget(instance.instance_id)
         for instance in [one for one in self._ask_s if one not in there]:
             del self._ask_s[instance]
         now_s = self._clock.now_s()

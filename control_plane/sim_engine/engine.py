@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from email.utils import format_datetime
 from random import Random
 from typing import Any, Final
 
 import msgspec
-import xxhash
 
 from control_plane.clock import Clock, SystemClock
 from control_plane.engines.model import EngineModel
@@ -20,6 +19,7 @@ from control_plane.roofline import profile as named_profile
 from control_plane.sim_engine.choices import Choice
 from control_plane.sim_engine.errors import ApiError, Moved, PlainError, invalid, refused_by_engine, too_long, unknown_model
 from control_plane.sim_engine.fields import Body
+from control_plane.sim_engine.kv_events import KvEventsConfig, KvPublisher
 from control_plane.sim_engine.metrics import EngineMetrics
 from control_plane.sim_engine.params import Options, check_sequences, sampling
 from control_plane.sim_engine.prompts import Prompts
@@ -57,6 +57,7 @@ class SimEngine:
         prefix_caching: keep prefix blocks.
         responses_store: keep answers of ``/v1/responses`` (``VLLM_ENABLE_RESPONSES_API_STORE=1`` in vLLM; off there and here).
         jitter: sigma of the lognormal noise on step times.
+        kv_events_config: as vLLM's flag: JSON, or a mapping. Its events are published from :meth:`start` on.
 
     Faults for tests: :meth:`hang` and :meth:`resume`, :meth:`fail_next`, :attr:`cut_streams_after`, :meth:`abort_all`, :meth:`kill`.
     """
@@ -78,6 +79,7 @@ class SimEngine:
         prefix_caching: bool = True,
         responses_store: bool = False,
         jitter: float = 0.0,
+        kv_events_config: str | Mapping[str, Any] | None = None,
         clock: Clock | None = None,
     ) -> None:
         if not speed > 0:
@@ -126,6 +128,9 @@ class SimEngine:
             found, scheduling=scheduling_policy, caching=prefix_caching and kind == "generate", rng=self.rng, jitter=jitter
         )
         self.metrics = EngineMetrics(self.model, self.model_name, self.clock.utc(self.clock.now_s()).timestamp())
+        self.kv_events_config = KvEventsConfig.read(kv_events_config)
+        #: publishes KV events, while the engine runs
+        self.kv_events: KvPublisher | None = None
         self._pump: Pump | None = None
         self._server: HttpServer | None = None
         self._replies: set[Reply] = set()
@@ -138,8 +143,20 @@ class SimEngine:
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
         """Listen. Port 0: any free one, see :attr:`port`."""
         self._pump = Pump(self.model, self.metrics, asyncio.get_running_loop(), self.speed)
+        self._publish(asyncio.get_running_loop())
         self._server = HttpServer(self._handle, limits=ServerLimits(idle_timeout_s=KEEP_ALIVE_S))
         await self._server.start(host, port)
+
+    def _publish(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not self.kv_events_config.is_on:
+            return
+        publisher = KvPublisher(self.kv_events_config, 0, self.profile.block_size_tokens, self.unix_now_s)
+        publisher.start(loop)
+        self.kv_events = self.pump.kv_events = self.model.blocks.listener = publisher
+
+    def _publish_no_more(self) -> None:
+        if self.kv_events is not None:
+            self.kv_events.close()
 
     @property
     def port(self) -> int:
@@ -161,6 +178,7 @@ class SimEngine:
                 reply.cut_short()
         await server.stop(max(grace_s, _FLUSH_S))
         self.pump.close()
+        self._publish_no_more()
 
     async def kill(self) -> None:
         """Be gone at once, as after a crash: every connection dropped, nobody listening."""
@@ -168,6 +186,7 @@ class SimEngine:
         if server is not None:
             self.abort_all()
             self.pump.close()
+            self._publish_no_more()
             await server.stop(0.0)
 
     def abort_all(self) -> None:
@@ -257,8 +276,11 @@ class SimEngine:
 
     # ------------------------------------------------------------------ what answers are made of
 
+    def unix_now_s(self) -> float:
+        return self.clock.utc(self.clock.now_s()).timestamp()
+
     def unix_s(self) -> int:
-        return int(self.clock.utc(self.clock.now_s()).timestamp())
+        return int(self.unix_now_s())
 
     def hex_id(self) -> str:
         return f"{self.rng.getrandbits(64):016x}"
@@ -328,7 +350,6 @@ class SimEngine:
     def choices(self, reply: Reply, prompts: Sequence[Sequence[int]], wanted: Sampling, options: Options) -> list[Choice]:
         """The sequences of a request: ``n`` for each prompt. Raises ApiError when they are too many."""
         check_sequences(options.n * len(prompts))
-        salt = xxhash.xxh3_64_intdigest(options.salt.encode()) if options.salt else 0
         made: list[Choice] = []
         for prompt in prompts:
             for index in range(options.n):
@@ -338,7 +359,7 @@ class SimEngine:
                     prompt,
                     self.speaker.generate(prompt, wanted, index),
                     block_tokens=self.profile.block_size_tokens,
-                    salt=salt,
+                    salt=options.salt or "",
                     priority=options.priority,
                     limit=wanted.max_tokens,
                 )

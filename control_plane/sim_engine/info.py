@@ -37,8 +37,9 @@ def load(engine: SimEngine, exchange: Exchange) -> None:
 
 
 def event_sources(engine: SimEngine, exchange: Exchange) -> None:
-    """None, as in vLLM without ``--kv-events-config``."""
-    engine.respond_json(exchange, {})
+    """Where its ranks publish KV events; none, as in vLLM, without ``--kv-events-config``."""
+    publisher = engine.kv_events
+    engine.respond_json(exchange, {} if publisher is None else {str(publisher.rank): publisher.told()})
 
 
 def metrics(engine: SimEngine, exchange: Exchange) -> None:
