@@ -21,7 +21,7 @@ from control_plane.dispatch import Dispatcher
 from control_plane.engines import AnswerSink, StreamSink, delta_text
 from control_plane.errors import ConfigurationError, ControlPlaneError, Draining, InstanceNotFound, InvalidRequest, RequestCancelled
 from control_plane.executor import EngineFactory, ExecutionCoordinator
-from control_plane.fleet import Fleet, HealthSettings, PrefixIndex, PrefixSettings
+from control_plane.fleet import Fleet, HealthSettings, PrefixIndex, PrefixReport, PrefixSettings
 from control_plane.fleet.kv_events import KvEventFeed
 from control_plane.fleet.prefix.learner import PrefixLearner
 from control_plane.job import Job
@@ -519,6 +519,11 @@ class ControlPlaneManager:
     def get_metrics(self) -> PerformanceMetrics:
         """Counts since start; rates and quantiles over ``metrics_window_s``."""
         return self.metrics.snapshot(self.fleet.instances(), queued=self.queued_requests, active=len(self.running_requests))
+
+    def get_prefix_report(self) -> PrefixReport:
+        """How requests' prefixes were matched, how far off that was, and what the prefix index holds."""
+        learner = self.prefix_learner
+        return self.prefixes.report()._replace(learned_prompts=learner.learned, unlearned_prompts=learner.unlearned)
 
     def get_pd_metrics(self) -> PDMetrics:
         """Prefill/decode separation: what was classed how, and where it went."""

@@ -249,6 +249,7 @@ def compare(
     ] = None,
     engine_scheduling: Annotated[str, typer.Option(help="fcfs or priority, as vLLM's --scheduling-policy.")] = "fcfs",
     prefix_caching: Annotated[bool, typer.Option("--prefix-caching/--no-prefix-caching", help="Of the engines.")] = True,
+    kv_events: Annotated[bool, typer.Option("--kv-events/--no-kv-events", help="Engines tell which KV blocks they hold.")] = False,
     delay_ms: Annotated[
         float, typer.Option(parser=_number(0, 10_000, whole=False), help="From the control plane to an engine's scheduler and back.")
     ] = 1.0,
@@ -279,6 +280,7 @@ def compare(
         slo=slo or DEFAULT_SLO,
         engine_scheduling=engine_scheduling,
         prefix_caching=prefix_caching,
+        kv_events=kv_events,
         delay_ms=delay_ms,
         jitter=jitter,
         capacity_rps=capacity_rps,

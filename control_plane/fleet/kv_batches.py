@@ -142,6 +142,7 @@ class InOrder:
         self._pending: dict[int, bytes] = {}
         self._checked = False
         self._again = False
+        self._check_after = False
         self._asked_from = 0
         self._questions = 0
 
@@ -153,7 +154,9 @@ class InOrder:
     def check(self) -> None:
         """Ask for the last batch and what came after it, and take nothing before that: so it shows when the newest ones were lost, or when
         another publisher has come (after a lost connection), whose numbers may go on where the one before ended."""
-        if not self.asking:
+        if self.asking:
+            self._check_after = True
+        else:
             self._ask_for(max(0, self.due - 1))
 
     def live(self, number: int, payload: bytes) -> None:
@@ -211,6 +214,10 @@ class InOrder:
             return
         if not self._checked and self.due:
             self._begin_anew()  # it has nothing to tell, though it had told something
+        if self._check_after:
+            self._check_after = False
+            self._ask_for(max(0, self.due - 1))
+            return
         waited = bool(self._pending)
         gaps = self.gaps
         self._take_pending()

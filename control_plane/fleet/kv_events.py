@@ -157,8 +157,8 @@ class Subscription:
         self._sub.set_hwm(_HIGH_WATER)
         self._sub.setsockopt(zmq.LINGER, 0)
         self._sub.setsockopt(zmq.SUBSCRIBE, source.topic.encode())
-        #: tells when the connection is lost: whoever answers then may be another process
-        self._monitor: Any = self._sub.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        #: tells when the connection is lost and when there is one again: whoever answers then may be another process
+        self._monitor: Any = self._sub.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_SUCCEEDED)
         self._replay: Any = None
         if source.replay_endpoint is not None:
             self._replay = context.socket(zmq.DEALER)

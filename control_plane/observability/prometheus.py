@@ -20,6 +20,7 @@ from control_plane.clock import Clock
 from control_plane.observability.events import EventLog
 from control_plane.observability.loop_lag import LoopLag
 from control_plane.observability.metrics import MAX_INSTANCE_CELLS, MetricsRecorder, ModelCell
+from control_plane.observability.prefix_report import PrefixReport, families
 from control_plane.types import ExecutionInstance
 
 #: a scrape within this many seconds of the last one is answered with the same text
@@ -44,6 +45,7 @@ class Readings(NamedTuple):
     running_requests: int
     scheduling_policy: str
     routing_strategy: str
+    prefix: PrefixReport = PrefixReport()
 
 
 class PrometheusExporter(Collector):
@@ -92,6 +94,7 @@ class PrometheusExporter(Collector):
         yield from _histograms(cells)
         yield from self._by_code()
         yield from _now(readings)
+        yield from families(readings.prefix)
         yield from self._by_instance(list(islice(readings.instances, MAX_INSTANCE_CELLS)))
         if self._loop_lag is not None:
             yield _gauge("loop_lag_seconds", "Worst lateness of a timer since the last scrape.", self._loop_lag.take_max_s())

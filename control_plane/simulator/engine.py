@@ -16,8 +16,10 @@ import msgspec
 from control_plane.engines.model import EngineModel, ModelSequence
 from control_plane.engines.state import State
 from control_plane.errors import EngineError, InstanceFailed
+from control_plane.fleet import PrefixIndex
 from control_plane.protocols import Call, EngineOutcome, Headers, Sink, WireRequest
 from control_plane.roofline import EngineProfile
+from control_plane.simulator.cache_events import ToldBlocks
 from control_plane.simulator.loop import VirtualLoop, Wake
 from control_plane.simulator.workload import TraceRequest
 from control_plane.types import ExecutionInstance, Leg, RequestMetadata, Usage
@@ -79,6 +81,7 @@ class VirtualEngine:
         delay_s: seconds from sending a request until the engine's scheduler sees it, and back: network and the server's own work,
             all charged on the way in. What the profile's server takes for itself comes to it.
         jitter: sigma of the lognormal noise on step times, drawn from ``rng``.
+        index_of: gives the prefix index that is told which blocks it holds; None: nobody is told.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class VirtualEngine:
         delay_s: float = 0.0,
         jitter: float = 0.0,
         rng: Random | None = None,
+        index_of: Callable[[], PrefixIndex] | None = None,
     ) -> None:
         self.instance = instance
         self.profile = profile
@@ -110,7 +114,10 @@ class VirtualEngine:
             rng=rng,
             jitter=jitter,
         )
+        # blocks that are not the workload's are shared by nobody, so there is nothing to tell of them
+        self._told = ToldBlocks(index_of, instance, block_tokens) if index_of is not None and self._shares else None
         self.model = self._fresh_model()
+        self.model.blocks.listener = self._told
         self.context = min(profile.max_model_len_tokens, self.model.blocks.total * profile.block_size_tokens)
         #: how often it was asked for anything but work
         self.probes = 0
@@ -188,6 +195,9 @@ class VirtualEngine:
             self._wake = None
         lost, self._served = list(self._served), {}
         self.model = self._fresh_model()
+        self.model.blocks.listener = self._told
+        if self._told is not None:
+            self._told.lost()
         for served in lost:
             if served.arriving is not None:
                 served.arriving.cancel()

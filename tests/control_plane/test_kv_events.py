@@ -330,7 +330,8 @@ async def test_lost_messages_are_fetched_and_a_restarted_engine_starts_from_noth
         await until(rig.heard)
         assert agrees(rig, 0, tokens)
         (feed,) = rig.manager.kv_events.subscriptions
-        assert (feed.order.healed, feed.order.gaps) == (1, 0)
+        assert feed.order.healed >= 1
+        assert feed.order.gaps == 0
         # the same address, another life
         endpoint, replay_endpoint = engine.kv_events.endpoint, engine.kv_events.replay_endpoint
         port = engine.port

@@ -7,6 +7,7 @@ key here is made from its token ids and its parent's key, and each engine's hash
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -58,7 +59,7 @@ class Space:
     """Instances with the same size of block, whose keys are the same for the same tokens. ``block_tokens`` 0: those that tell nothing of
     their blocks; they are known by what was sent."""
 
-    __slots__ = ("alive", "block_tokens", "exact_levels", "learned", "masks", "members", "request", "version")
+    __slots__ = ("alive", "block_tokens", "exact_levels", "learned", "masks", "members", "order", "request", "version")
 
     def __init__(self, block_tokens: int) -> None:
         self.block_tokens = block_tokens
@@ -67,6 +68,8 @@ class Space:
         #: block -> the bits of those that hold it
         self.masks: dict[Any, Any] = {}
         self.learned: dict[Any, Learned] = {}
+        #: its pieces, in the order in which they are looked at when room is needed
+        self.order: deque[Any] = deque()
         #: the last match: of which request, at which state of the index, who holds its first 1, 2, ... pieces, and how many of these
         #: are known as blocks
         self.request: Any = None

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from control_plane.fleet.prefix.blocks import ROOT, Learned, Slot, Space, block_keys
 from control_plane.fleet.prefix.pieces import ENDS, chain
-from control_plane.fleet.prefix.report import MATCHES, MatchError, PrefixReport
 from control_plane.fleet.prefix.settings import PrefixSettings
+from control_plane.observability.prefix_report import MATCHES, MatchError, PrefixReport
 from control_plane.types import ExecutionInstance, RequestMetadata, Usage
 
 #: usual bytes of one token of text, until a model's own ratio is known
@@ -139,6 +139,15 @@ class PrefixIndex:
                         return found
         return found
 
+    def lost_tokens(self, instance: ExecutionInstance, tokens: int) -> float:
+        """How many tokens are expected to be computed again because ``tokens`` new ones take their room there: of what went lately the
+        share that was asked for within once more the time that the cache holds it."""
+        slot = self._slots.get(instance.instance_id)
+        if slot is None:
+            return 0.0
+        free = int(slot.mirror.free_bytes / self._ratio(instance.model_name))
+        return slot.mirror.missed_share * max(0, tokens - free)
+
     def held_tokens(self, token_ids: Sequence[int], instance: ExecutionInstance, rank: int = 0, extra: Sequence[bytes] = ()) -> int:
         """Of a prompt whose tokens are known: how many of its head the instance's events say that it holds, block by block."""
         slot = self._find(instance.instance_id, rank)
@@ -231,7 +240,9 @@ class PrefixIndex:
         tokens = self._tokens_at(request, space, depth) if depth and instance.engine.prefix_caching is not False else 0
         kind = APPROXIMATE
         if space is not self._blind:
-            kind = EXACT if depth < space.exact_levels or space.exact_levels == len(pieces) else PARTLY
+            known = space.exact_levels
+            # what was sent nowhere is nowhere held
+            kind = EXACT if depth < known or known == len(pieces) or pieces[known] not in self._sent else PARTLY
         self._matched[kind] += 1
         slot.mirror.use(pieces, 0, self._capacity_bytes(request, instance))
         self._version += 1
@@ -259,12 +270,17 @@ class PrefixIndex:
     def returns(self, request: RequestMetadata, instance: ExecutionInstance) -> bool:
         """Some of the prompt's head was sent somewhere before, and of that it is not known which blocks of the instance it is."""
         slot = self._slots.get(instance.instance_id)
-        if slot is None or slot.space is self._blind:
+        return slot is not None and slot.space is not self._blind and self.returned(chain(request), slot.space.block_tokens)
+
+    def returned(self, pieces: Sequence[Any], block_tokens: int) -> bool:
+        """Some of a chain was sent somewhere before, and of that it is not known which blocks of so many tokens it is."""
+        space = self._spaces.get(block_tokens)
+        if space is None:
             return False
-        learned, sent = slot.space.learned, self._sent
-        for piece in chain(request):
+        learned = space.learned
+        for piece in pieces:
             if piece not in learned:
-                return piece in sent
+                return piece in self._sent
         return False
 
     def _capacity_bytes(self, request: RequestMetadata, instance: ExecutionInstance) -> int:
@@ -376,23 +392,22 @@ class PrefixIndex:
             if self._pieces >= self._max_pieces and not self._forget_piece(space):
                 return
             self._pieces += 1
+            space.order.append(piece)
         learned[piece] = found
 
     def _forget_piece(self, space: Space) -> bool:
         """Room for one more: one whose block no engine holds goes, else the oldest looked at."""
-        learned = space.learned
-        for _ in range(_SECOND_CHANCES):
-            if not learned:
+        order, learned = space.order, space.learned
+        for chance in range(_SECOND_CHANCES + 1):
+            if not order:
                 return False
-            piece = next(iter(learned))
-            found = learned.pop(piece)
-            if found.key not in space.masks:
+            piece = order.popleft()
+            if chance == _SECOND_CHANCES or learned[piece].key not in space.masks:
+                del learned[piece]
                 self._pieces -= 1
                 return True
-            learned[piece] = found
-        del learned[next(iter(learned))]
-        self._pieces -= 1
-        return True
+            order.append(piece)
+        return False
 
     # ---- instances
 

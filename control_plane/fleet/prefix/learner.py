@@ -141,7 +141,7 @@ class PrefixLearner:
             if not raw[1:].lstrip()[:1].isdigit():
                 return False  # several prompts
             found = _Tokens(_read_ids(raw))
-            spelled = _as_json(raw)
+            spelled = _as_json(lesson.text or raw)
         else:
             asked = await self._ask(lesson, body)
             if asked is None or asked.token_strs is None:

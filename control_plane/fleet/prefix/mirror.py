@@ -6,13 +6,15 @@ engine. What has no pieces (answers, the ends of prompts) takes room and goes in
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from typing import Any, Final
 
 from control_plane.fleet.prefix.pieces import SIZES
 
 #: stale records that are put up with, beside as many as there are pieces
 _SLACK: Final = 1024
+#: of the newest piece that went, in the share of those that are missed
+LOST_WEIGHT: Final = 1 / 256
 
 
 class Sent:
@@ -30,7 +32,7 @@ class Sent:
 class SentMirror:
     """``masks`` are those of all instances together, piece -> who has it; this one's bit is set and cleared there."""
 
-    __slots__ = ("_bit", "_held", "_held_bytes", "_masks", "_queue", "_stamp")
+    __slots__ = ("_bit", "_capacity_bytes", "_held", "_held_bytes", "_lost", "_masks", "_queue", "_stamp", "missed_share")
 
     def __init__(self, bit: Any, masks: dict[Any, Any]) -> None:
         self._bit = bit
@@ -40,6 +42,11 @@ class SentMirror:
         self._held_bytes = 0
         self._queue: deque[Sent] = deque()
         self._stamp = 0
+        self._capacity_bytes = 0
+        #: what went for want of room, as much of it as is held
+        self._lost: OrderedDict[Any, None] = OrderedDict()
+        #: of the pieces that went lately, the share that was asked for within once more the time that they are held
+        self.missed_share = 0.0
 
     def __len__(self) -> int:
         return len(self._held)
@@ -54,14 +61,23 @@ class SentMirror:
             piece = chain[at]
             if piece not in held:
                 added += SIZES[at]
+                if piece in self._lost:
+                    del self._lost[piece]
+                    self.missed_share = min(1.0, self.missed_share + LOST_WEIGHT)
                 masks[piece] = masks[piece] | bit if piece in masks else bit
             held[piece] = stamp
         self._queue.append(Sent(stamp, chain, rest_bytes))
         self._held_bytes += added
+        self._capacity_bytes = capacity_bytes
         if self._held_bytes > capacity_bytes:
             self._evict(capacity_bytes)
         if len(self._queue) > 2 * len(held) + _SLACK:
             self._tidy()
+
+    @property
+    def free_bytes(self) -> int:
+        """Room in which nothing is yet, by the capacity told last."""
+        return max(0, self._capacity_bytes - self._held_bytes)
 
     def clear(self) -> None:
         for piece in self._held:
@@ -69,6 +85,8 @@ class SentMirror:
         self._held = {}
         self._held_bytes = 0
         self._queue = deque()
+        self._lost = OrderedDict()
+        self.missed_share = 0.0
 
     def _evict(self, capacity_bytes: int) -> None:
         held, queue = self._held, self._queue
@@ -85,8 +103,16 @@ class SentMirror:
                     del held[piece]
                     self._held_bytes -= SIZES[at]
                     self._let_go(piece)
+                    self._went(piece)
             else:
                 queue.popleft()
+
+    def _went(self, piece: Any) -> None:
+        lost = self._lost
+        lost[piece] = None
+        if len(lost) > len(self._held) + 1:
+            lost.popitem(last=False)
+        self.missed_share *= 1.0 - LOST_WEIGHT
 
     def _let_go(self, piece: Any) -> None:
         masks = self._masks

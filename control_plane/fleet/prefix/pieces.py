@@ -22,6 +22,10 @@ _PIECES_A_DOUBLING: Final = 8
 MAX_COVERED_BYTES: Final = 256 * 1024
 
 
+#: of a request's own members, what makes another prompt of the same text
+_MIXED_IN: Final = ("tools", "cache_salt")
+
+
 def _ends() -> tuple[int, ...]:
     ends = [PIECE_BYTES * (number + 1) for number in range(_FIRST_PIECES)]
     while ends[-1] < MAX_COVERED_BYTES:
@@ -69,7 +73,12 @@ def chain(request: RequestMetadata) -> tuple[Any, ...]:
     fields: RequestFields = request
     known: Any = fields.prompt_chain
     if known is None:
-        known = chain_of(request.head(MAX_COVERED_BYTES), seed_of(fields.model_name or ""))
+        seed = seed_of(fields.model_name or "")
+        for name in _MIXED_IN:
+            part = fields.extra_body.get(name)
+            if part is not None:
+                seed = mixed(seed, repr(part).encode("utf-8", "replace"))
+        known = chain_of(request.head(MAX_COVERED_BYTES), seed)
         fields.prompt_chain = known
     found: tuple[Any, ...] = known
     return found
