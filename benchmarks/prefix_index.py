@@ -61,7 +61,7 @@ class Filled:
                 self.index.sent(request, instance)
                 held += per_prompt
                 continue
-            ids = shared_ids + [rng.randrange(128_000) for _ in range(TOKENS - SHARED_TOKENS)]
+            ids = shared_ids + rng.choices(range(128_000), k=TOKENS - SHARED_TOKENS)
             slot = self.index.feed(instance, BLOCK_TOKENS)
             known = SHARED_TOKENS // BLOCK_TOKENS if slot.keys else 0
             keys = block_keys(ids, BLOCK_TOKENS)
@@ -140,8 +140,7 @@ def memory(blocks: int, count: int, *, exact: bool) -> float:
     gc.collect()
     whole, _ = tracemalloc.get_traced_memory()
     held = filled.index.report()
-    index = filled.index
-    del filled.requests, index
+    del filled.requests
     filled.index = PrefixIndex()
     gc.collect()
     rest, _ = tracemalloc.get_traced_memory()

@@ -27,8 +27,8 @@ class PrefixReport(NamedTuple):
     """Counts since the start, and sizes now.
 
     ``requests``: by kind of match, :data:`MATCHES`. *exact*: engine's own events, and the prompt's blocks known up to where the engine
-    holds no more or the text is new; *partly*: events, but of some text that came before it is not known which blocks it is; *approximate*: from what was
-    sent; *short*: less than one whole piece of text.
+    holds no more or the text is new; *partly*: events, but of some text that came before it is not known which blocks it is;
+    *approximate*: from what was sent; *short*: less than one whole piece of text.
     """
 
     requests: tuple[int, ...] = (0, 0, 0, 0)

@@ -120,6 +120,11 @@ def text(rng: Random, words: int) -> str:
     return " ".join(f"{rng.choice(['north', 'south', 'east', 'west'])} {rng.randrange(1000)}" for _ in range(words))
 
 
+def published(engine: SimEngine) -> int:
+    assert engine.kv_events is not None
+    return engine.kv_events.published
+
+
 async def serve(requests: list[dict[str, Any]], **options: Any) -> tuple[ControlPlaneManager, list[Any]]:
     """One after the other over an engine that publishes its events, and time to learn after each."""
     engine = SimEngine("h100-llama3-8b", speed=1000.0, kv_events_config=CONFIG, block_size=16)
@@ -135,9 +140,7 @@ async def serve(requests: list[dict[str, Any]], **options: Any) -> tuple[Control
         for fields in requests:
             ended.append(await manager.result(await manager.submit_request(RequestMetadata(max_tokens=4, **fields))))
             assert ended[-1].state == "completed", ended[-1].error
-            await until(
-                lambda: engine.kv_events and [one.order.due for one in manager.kv_events.subscriptions] == [engine.kv_events.published]
-            )
+            await until(lambda: [one.order.due for one in manager.kv_events.subscriptions] == [published(engine)])
             task = manager.prefix_learner._task
             if task is not None:
                 await task
