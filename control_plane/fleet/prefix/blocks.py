@@ -59,7 +59,7 @@ class Space:
     """Instances with the same size of block, whose keys are the same for the same tokens. ``block_tokens`` 0: those that tell nothing of
     their blocks; they are known by what was sent."""
 
-    __slots__ = ("alive", "block_tokens", "exact_levels", "learned", "masks", "members", "order", "request", "version")
+    __slots__ = ("block_tokens", "exact_levels", "learned", "levels", "masks", "members", "order", "pieces", "request", "version")
 
     def __init__(self, block_tokens: int) -> None:
         self.block_tokens = block_tokens
@@ -70,11 +70,12 @@ class Space:
         self.learned: dict[Any, Learned] = {}
         #: its pieces, in the order in which they are looked at when room is needed
         self.order: deque[Any] = deque()
-        #: the last match: of which request, at which state of the index, who holds its first 1, 2, ... pieces, and how many of these
-        #: are known as blocks
+        #: the last match: of which request, at which state of the index, its pieces, who holds each (None: not looked at yet), and how
+        #: many of the first pieces are known as blocks
         self.request: Any = None
         self.version = -1
-        self.alive: list[Any] = []
+        self.pieces: tuple[Any, ...] = ()
+        self.levels: list[Any] = []
         self.exact_levels = 0
 
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 from control_plane.fleet.prefix.blocks import ROOT, Learned, Slot, Space, block_keys
 from control_plane.fleet.prefix.pieces import ENDS, chain
 from control_plane.fleet.prefix.settings import PrefixSettings
+from control_plane.live_state import LiveState, RequestFields
 from control_plane.observability.prefix_report import MATCHES, MatchError, PrefixReport
 from control_plane.types import ExecutionInstance, RequestMetadata, Usage
 
@@ -28,6 +29,8 @@ _RATIO_WEIGHT: Final = 0.1
 _SECOND_CHANCES: Final = 4
 #: the first holders of a prefix that are told
 MAX_HOLDERS: Final = 8
+#: different depths that are told apart among them, over all spaces
+MAX_LAYERS: Final = 32
 EXACT: Final = 0
 PARTLY: Final = 1
 APPROXIMATE: Final = 2
@@ -103,10 +106,25 @@ class PrefixIndex:
         return tokens
 
     def cached_tokens_of(self, request: RequestMetadata, instances: Sequence[ExecutionInstance]) -> list[int]:
-        """:meth:`cached_tokens` of each."""
+        """:meth:`cached_tokens` of each; the prompt is looked at once."""
         if not chain(request):
             return [0] * len(instances)
-        return [self.cached_tokens(request, instance) for instance in instances]
+        for space in self._spaces.values():
+            self._match(request, space)
+        slots, ranks = self._slots, self._ranks
+        found: list[int] = []
+        for instance in instances:
+            live: LiveState = instance
+            slot = slots.get(live.instance_id)
+            if slot is None:
+                found.append(0)
+            elif live.instance_id in ranks:
+                found.append(self.cached_tokens(request, instance))
+            else:
+                depth = self._depth(slot.space, slot.bit)
+                held = depth and instance.engine.prefix_caching is not False
+                found.append(self._tokens_at(request, slot.space, depth) if held else 0)
+        return found
 
     def cached_tokens_on_rank(self, request: RequestMetadata, instance: ExecutionInstance, rank: int) -> int:
         """:meth:`cached_tokens` of one data-parallel rank."""
@@ -118,16 +136,22 @@ class PrefixIndex:
     def holders(self, request: RequestMetadata, limit: int = MAX_HOLDERS) -> list[ExecutionInstance]:
         """The instances that hold most of the prompt's head, most first, at most ``limit``."""
         found: list[ExecutionInstance] = []
+        if not chain(request):
+            return found
+        by_depth: list[tuple[int, int, Space]] = []
         for space in self._spaces.values():
             self._match(request, space)
-        deepest = max([len(space.alive) for space in self._spaces.values()])
+            bits: Any = space.members
+            while bits and len(by_depth) < MAX_LAYERS:
+                depth = self._depth(space, bits)
+                if not depth:
+                    break
+                by_depth.append((-self._tokens_at(request, space, depth), depth, space))
+                bits = bits & ~self._mask(space, depth - 1)
         seen: Any = 0
-        for level in range(deepest - 1, -1, -1):
-            mask: Any = 0
-            for space in self._spaces.values():
-                if level < len(space.alive) and self._tokens_at(request, space, level + 1):
-                    mask = mask | space.alive[level]
-            mask = mask & ~seen
+        by_depth.sort(key=_tokens_of)
+        for tokens, depth, space in by_depth:
+            mask: Any = self._mask(space, depth - 1) & ~seen if tokens else 0
             seen = seen | mask
             while mask:
                 lowest: Any = mask & -mask
@@ -178,47 +202,68 @@ class PrefixIndex:
     def _tokens_on(self, request: RequestMetadata, slot: Slot) -> int:
         space = slot.space
         self._match(request, space)
-        depth = self._depth(space, slot.bit)
-        return self._tokens_at(request, space, depth) if depth else 0
+        return self._tokens_at(request, space, self._depth(space, slot.bit))
 
-    def _depth(self, space: Space, bit: Any) -> int:
-        """How many pieces of the matched request one holds: those who hold n pieces are among those who hold n - 1."""
-        low, high = 0, len(space.alive)
+    def _match(self, request: RequestMetadata, space: Space) -> None:
+        """Begin a match of ``request`` in a space, if it is not that of the last question. Steps are looked at when they are needed: who
+        holds a piece holds those before it, so a few of them tell how far each instance goes."""
+        if space.request is request and space.version == self._version:
+            return
+        pieces = chain(request)
+        space.request = request
+        space.version = self._version
+        space.pieces = pieces
+        space.levels = [None] * len(pieces)
+        space.exact_levels = _learned_levels(space.learned, pieces)
+
+    def _mask(self, space: Space, level: int) -> Any:
+        """Who holds the piece number ``level`` of the matched request."""
+        mask: Any = space.levels[level]
+        if mask is None:
+            piece = space.pieces[level]
+            mask = self._sent.get(piece, 0) & space.members
+            if level < space.exact_levels:
+                found = space.learned.get(piece)
+                if found is not None:
+                    mask = space.masks.get(found.key, 0) if found.tokens else space.members
+            space.levels[level] = mask
+        return mask
+
+    def _depth(self, space: Space, bits: Any) -> int:
+        """How many pieces of the matched request one of ``bits`` holds."""
+        exact = space.exact_levels
+        if exact:
+            depth = self._last(space, 0, exact, bits)
+            if depth < exact:
+                return depth
+            # an engine that has dropped what is known as blocks holds nothing behind it, wherever that was sent
+            bits = bits & self._mask(space, exact - 1)
+        return self._last(space, exact, len(space.levels), bits)
+
+    def _last(self, space: Space, low: int, high: int, bits: Any) -> int:
+        """The first of these levels that none of ``bits`` holds."""
+        if low >= high or not self._mask(space, low) & bits:
+            return low
+        if self._mask(space, high - 1) & bits:
+            return high
+        low += 1
+        high -= 1
         while low < high:
             middle = (low + high) // 2
-            if space.alive[middle] & bit:
+            if self._mask(space, middle) & bits:
                 low = middle + 1
             else:
                 high = middle
         return low
 
-    def _match(self, request: RequestMetadata, space: Space) -> None:
-        """Fill in the space's match, if it is not that of ``request`` as things are."""
-        if space.request is request and space.version == self._version:
-            return
-        space.request = request
-        space.version = self._version
-        learned, masks, sent = space.learned, space.masks, self._sent
-        alive: list[Any] = []
-        exact = 0
-        left: Any = space.members
-        for piece in chain(request):
-            known = learned.get(piece) if exact == len(alive) else None
-            if known is not None:
-                left = left & masks.get(known.key, 0) if known.tokens else left
-                exact += 1
-            else:
-                left = left & sent.get(piece, 0)
-            if not left:
-                break
-            alive.append(left)
-        space.alive = alive
-        space.exact_levels = exact
-
     def _tokens_at(self, request: RequestMetadata, space: Space, depth: int) -> int:
         """Tokens of the first ``depth`` pieces of the matched request."""
+        if not depth:
+            return 0
         if depth <= space.exact_levels:
-            return space.learned[chain(request)[depth - 1]].tokens
+            found = space.learned.get(space.pieces[depth - 1])
+            if found is not None:
+                return found.tokens
         tokens = int(ENDS[depth - 1] / self._ratio(request.model_name))
         return tokens - tokens % space.block_tokens if space.block_tokens else tokens
 
@@ -237,7 +282,7 @@ class PrefixIndex:
             return NOT_MATCHED
         self._match(request, space)
         depth = self._depth(space, slot.bit)
-        tokens = self._tokens_at(request, space, depth) if depth and instance.engine.prefix_caching is not False else 0
+        tokens = self._tokens_at(request, space, depth) if instance.engine.prefix_caching is not False else 0
         kind = APPROXIMATE
         if space is not self._blind:
             known = space.exact_levels
@@ -250,9 +295,11 @@ class PrefixIndex:
 
     def ended(self, request: RequestMetadata, instance: ExecutionInstance, expected: tuple[int, int], usage: Usage, rank: int = 0) -> None:
         """It ended well there; ``expected`` is what :meth:`sent` said."""
-        model = request.model_name or ""
+        fields: RequestFields = request
+        model: str = fields.model_name or ""
+        size = request.prompt_bytes
         if usage.exact and usage.prompt_tokens:
-            ratio = min(MAX_BYTES_PER_TOKEN, request.prompt_bytes / usage.prompt_tokens)
+            ratio = min(MAX_BYTES_PER_TOKEN, size / usage.prompt_tokens)
             known = self._bytes_per_token.get(model, BYTES_PER_TOKEN)
             self._bytes_per_token[model] = known + _RATIO_WEIGHT * (ratio - known)
         cached = usage.cached_tokens
@@ -260,7 +307,7 @@ class PrefixIndex:
             self._tallies[expected[1]].add(expected[0], cached)
         pieces = chain(request)
         covered = ENDS[len(pieces) - 1] if pieces else 0
-        rest = request.prompt_bytes - covered + int(usage.completion_tokens * self._ratio(model))
+        rest = size - covered + int(usage.completion_tokens * self._ratio(model))
         # its blocks are free from now on, so they are the newest
         slot = self._slots.get(instance.instance_id) if not rank else self._find(instance.instance_id, rank)
         if slot is not None:
@@ -461,3 +508,24 @@ class PrefixIndex:
             self._refused,
             sum([1 for slot in slots if slot.space is not self._blind]),
         )
+
+
+def _learned_levels(learned: dict[Any, Learned], pieces: tuple[Any, ...]) -> int:
+    """How many pieces from the first on are known as blocks: of one that is, all before it are."""
+    low, high = 0, len(pieces)
+    if not learned or not high or pieces[0] not in learned:
+        return 0
+    if pieces[high - 1] in learned:
+        return high
+    low, high = 1, high - 1
+    while low < high:
+        middle = (low + high) // 2
+        if pieces[middle] in learned:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def _tokens_of(layer: tuple[int, int, Space]) -> int:
+    return layer[0]
