@@ -316,7 +316,8 @@ class KvEventFeed:
 
         if self._context is None:
             self._context = zmq.Context()
-        blocks = BlockEvents(self._index, instance, source.rank)
+        # a rank that is a target of its own has one cache; of a server that balances its ranks itself the index keeps one for each
+        blocks = BlockEvents(self._index, instance, source.rank if _own_rank(instance) is None else 0)
 
         def gap() -> None:
             message = "its KV events have a gap that nothing heals, or it began anew: what they told is dropped"
@@ -337,7 +338,8 @@ class KvEventFeed:
             one.close()
 
     async def _sources(self, instance: ExecutionInstance) -> list[Source]:
-        """Where it publishes: by its owner's word, else by its own."""
+        """Where it publishes: by its owner's word, else by its own. Of a rank that is a target of its own, that rank's."""
+        own = _own_rank(instance)
         if instance.kv_events_endpoint is not None:
             return [
                 Source(
@@ -346,7 +348,7 @@ class KvEventFeed:
                     None if instance.kv_events_replay_endpoint is None else _shifted(instance.kv_events_replay_endpoint, rank),
                     "",
                 )
-                for rank in range(instance.data_parallel_size)
+                for rank in (range(instance.data_parallel_size) if own is None else (own,))
             ]
         try:
             engine = self._fleet.engine(instance.instance_id)
@@ -357,8 +359,14 @@ class KvEventFeed:
         return [
             Source(int(rank), _reachable(one.endpoint, instance), _reachable(one.replay_endpoint, instance) or None, one.topic)
             for rank, one in told.items()
-            if rank.isdecimal() and one.enable_kv_cache_events and one.publisher == "zmq"
+            if rank.isdecimal() and own in (None, int(rank)) and one.enable_kv_cache_events and one.publisher == "zmq"
         ]
+
+
+def _own_rank(instance: ExecutionInstance) -> int | None:
+    """Which data-parallel rank of its server the instance is; None: it is the whole server."""
+    rank: int | None = getattr(instance, "data_parallel_rank", None)
+    return rank
 
 
 def _reachable(endpoint: str | None, instance: ExecutionInstance) -> str:
