@@ -17,7 +17,8 @@ from control_plane.clock import Clock
 from control_plane.errors import ControlPlaneError
 from control_plane.fleet.kv_batches import END, InOrder, Removed, Stored, read_batch
 from control_plane.fleet.prefix import PrefixIndex
-from control_plane.fleet.prefix.blocks import Slot, folded
+from control_plane.fleet.prefix.blocks import folded
+from control_plane.fleet.prefix.spaces import Slot
 from control_plane.fleet.registry import Fleet
 from control_plane.protocols import EventSink
 from control_plane.types import ExecutionInstance

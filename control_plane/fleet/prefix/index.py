@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from control_plane.fleet.prefix.blocks import ROOT, Learned, Slot, Space, block_keys
+from control_plane.fleet.prefix.blocks import ROOT, block_keys
 from control_plane.fleet.prefix.pieces import ENDS, chain
 from control_plane.fleet.prefix.settings import PrefixSettings
+from control_plane.fleet.prefix.spaces import Learned, Slot, Space
 from control_plane.live_state import LiveState, RequestFields
 from control_plane.observability.prefix_report import MATCHES, MatchError, PrefixReport
 from control_plane.types import ExecutionInstance, RequestMetadata, Usage
@@ -76,11 +77,11 @@ class PrefixIndex:
         #: the slots of its other ranks, for those that have any
         self._ranks: dict[str, list[Slot]] = {}
         self._by_number: list[Slot | None] = []
-        #: instances that tell nothing of their blocks
-        self._blind = Space(0)
-        self._spaces: dict[int, Space] = {0: self._blind}
         #: piece -> the bits of those to which it was sent and that probably hold it
         self._sent: dict[Any, Any] = {}
+        #: those that tell nothing of their blocks, and those that do by the size of these
+        self._blind = Space(0, self._sent)
+        self._spaces: dict[int, Space] = {0: self._blind}
         self._bytes_per_token: dict[str, float] = {}
         #: grows with every change, so that a match is made once for each decision
         self._version = 0
@@ -110,7 +111,7 @@ class PrefixIndex:
         if not chain(request):
             return [0] * len(instances)
         for space in self._spaces.values():
-            self._match(request, space)
+            space.begin(request, self._version)
         slots, ranks = self._slots, self._ranks
         found: list[int] = []
         for instance in instances:
@@ -121,17 +122,10 @@ class PrefixIndex:
             elif live.instance_id in ranks:
                 found.append(self.cached_tokens(request, instance))
             else:
-                depth = self._depth(slot.space, slot.bit)
+                depth = slot.space.depth(slot.bit)
                 held = depth and instance.engine.prefix_caching is not False
                 found.append(self._tokens_at(request, slot.space, depth) if held else 0)
         return found
-
-    def cached_tokens_on_rank(self, request: RequestMetadata, instance: ExecutionInstance, rank: int) -> int:
-        """:meth:`cached_tokens` of one data-parallel rank."""
-        slot = self._find(instance.instance_id, rank)
-        if slot is None or instance.engine.prefix_caching is False:
-            return 0
-        return self._tokens_on(request, slot)
 
     def holders(self, request: RequestMetadata, limit: int = MAX_HOLDERS) -> list[ExecutionInstance]:
         """The instances that hold most of the prompt's head, most first, at most ``limit``."""
@@ -140,18 +134,18 @@ class PrefixIndex:
             return found
         by_depth: list[tuple[int, int, Space]] = []
         for space in self._spaces.values():
-            self._match(request, space)
+            space.begin(request, self._version)
             bits: Any = space.members
             while bits and len(by_depth) < MAX_LAYERS:
-                depth = self._depth(space, bits)
+                depth = space.depth(bits)
                 if not depth:
                     break
                 by_depth.append((-self._tokens_at(request, space, depth), depth, space))
-                bits = bits & ~self._mask(space, depth - 1)
+                bits = bits & ~space.mask(depth - 1)
         seen: Any = 0
         by_depth.sort(key=_tokens_of)
         for tokens, depth, space in by_depth:
-            mask: Any = self._mask(space, depth - 1) & ~seen if tokens else 0
+            mask: Any = space.mask(depth - 1) & ~seen if tokens else 0
             seen = seen | mask
             while mask:
                 lowest: Any = mask & -mask
@@ -201,60 +195,8 @@ class PrefixIndex:
 
     def _tokens_on(self, request: RequestMetadata, slot: Slot) -> int:
         space = slot.space
-        self._match(request, space)
-        return self._tokens_at(request, space, self._depth(space, slot.bit))
-
-    def _match(self, request: RequestMetadata, space: Space) -> None:
-        """Begin a match of ``request`` in a space, if it is not that of the last question. Steps are looked at when they are needed: who
-        holds a piece holds those before it, so a few of them tell how far each instance goes."""
-        if space.request is request and space.version == self._version:
-            return
-        pieces = chain(request)
-        space.request = request
-        space.version = self._version
-        space.pieces = pieces
-        space.levels = [None] * len(pieces)
-        space.exact_levels = _learned_levels(space.learned, pieces)
-
-    def _mask(self, space: Space, level: int) -> Any:
-        """Who holds the piece number ``level`` of the matched request."""
-        mask: Any = space.levels[level]
-        if mask is None:
-            piece = space.pieces[level]
-            mask = self._sent.get(piece, 0) & space.members
-            if level < space.exact_levels:
-                found = space.learned.get(piece)
-                if found is not None:
-                    mask = space.masks.get(found.key, 0) if found.tokens else space.members
-            space.levels[level] = mask
-        return mask
-
-    def _depth(self, space: Space, bits: Any) -> int:
-        """How many pieces of the matched request one of ``bits`` holds."""
-        exact = space.exact_levels
-        if exact:
-            depth = self._last(space, 0, exact, bits)
-            if depth < exact:
-                return depth
-            # an engine that has dropped what is known as blocks holds nothing behind it, wherever that was sent
-            bits = bits & self._mask(space, exact - 1)
-        return self._last(space, exact, len(space.levels), bits)
-
-    def _last(self, space: Space, low: int, high: int, bits: Any) -> int:
-        """The first of these levels that none of ``bits`` holds."""
-        if low >= high or not self._mask(space, low) & bits:
-            return low
-        if self._mask(space, high - 1) & bits:
-            return high
-        low += 1
-        high -= 1
-        while low < high:
-            middle = (low + high) // 2
-            if self._mask(space, middle) & bits:
-                low = middle + 1
-            else:
-                high = middle
-        return low
+        space.begin(request, self._version)
+        return self._tokens_at(request, space, space.depth(slot.bit))
 
     def _tokens_at(self, request: RequestMetadata, space: Space, depth: int) -> int:
         """Tokens of the first ``depth`` pieces of the matched request."""
@@ -272,16 +214,16 @@ class PrefixIndex:
 
     # ---- what was sent
 
-    def sent(self, request: RequestMetadata, instance: ExecutionInstance, rank: int = 0) -> tuple[int, int]:
+    def sent(self, request: RequestMetadata, instance: ExecutionInstance) -> tuple[int, int]:
         """``request`` runs there now. Returns the tokens that were expected to be cached, and how they were matched (``MATCHES``)."""
         pieces = chain(request)
-        slot = self._slot(instance, rank)
+        slot = self._slot(instance, 0)
         space = slot.space
         if not pieces:
             self._matched[SHORT] += 1
             return NOT_MATCHED
-        self._match(request, space)
-        depth = self._depth(space, slot.bit)
+        space.begin(request, self._version)
+        depth = space.depth(slot.bit)
         tokens = self._tokens_at(request, space, depth) if instance.engine.prefix_caching is not False else 0
         kind = APPROXIMATE
         if space is not self._blind:
@@ -293,7 +235,7 @@ class PrefixIndex:
         self._version += 1
         return tokens, kind
 
-    def ended(self, request: RequestMetadata, instance: ExecutionInstance, expected: tuple[int, int], usage: Usage, rank: int = 0) -> None:
+    def ended(self, request: RequestMetadata, instance: ExecutionInstance, expected: tuple[int, int], usage: Usage) -> None:
         """It ended well there; ``expected`` is what :meth:`sent` said."""
         fields: RequestFields = request
         model: str = fields.model_name or ""
@@ -309,7 +251,7 @@ class PrefixIndex:
         covered = ENDS[len(pieces) - 1] if pieces else 0
         rest = size - covered + int(usage.completion_tokens * self._ratio(model))
         # its blocks are free from now on, so they are the newest
-        slot = self._slots.get(instance.instance_id) if not rank else self._find(instance.instance_id, rank)
+        slot = self._slots.get(instance.instance_id)
         if slot is not None:
             slot.mirror.use(pieces, max(0, rest), self._capacity_bytes(request, instance))
             self._version += 1
@@ -347,7 +289,7 @@ class PrefixIndex:
             slot.space.members = slot.space.members & ~slot.bit
             space = self._spaces.get(block_tokens)
             if space is None:
-                space = self._spaces[block_tokens] = Space(block_tokens)
+                space = self._spaces[block_tokens] = Space(block_tokens, self._sent)
             slot.space = space
             space.members = space.members | slot.bit
             self._version += 1
@@ -508,23 +450,6 @@ class PrefixIndex:
             self._refused,
             sum([1 for slot in slots if slot.space is not self._blind]),
         )
-
-
-def _learned_levels(learned: dict[Any, Learned], pieces: tuple[Any, ...]) -> int:
-    """How many pieces from the first on are known as blocks: of one that is, all before it are."""
-    low, high = 0, len(pieces)
-    if not learned or not high or pieces[0] not in learned:
-        return 0
-    if pieces[high - 1] in learned:
-        return high
-    low, high = 1, high - 1
-    while low < high:
-        middle = (low + high) // 2
-        if pieces[middle] in learned:
-            low = middle + 1
-        else:
-            high = middle
-    return low
 
 
 def _tokens_of(layer: tuple[int, int, Space]) -> int:
