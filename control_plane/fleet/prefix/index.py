@@ -30,8 +30,6 @@ _RATIO_WEIGHT: Final = 0.1
 _SECOND_CHANCES: Final = 4
 #: the first holders of a prefix that are told
 MAX_HOLDERS: Final = 8
-#: different depths that are told apart among them, over all spaces
-MAX_LAYERS: Final = 32
 EXACT: Final = 0
 PARTLY: Final = 1
 APPROXIMATE: Final = 2
@@ -110,21 +108,25 @@ class PrefixIndex:
         """:meth:`cached_tokens` of each; the prompt is looked at once."""
         if not chain(request):
             return [0] * len(instances)
-        for space in self._spaces.values():
-            space.begin(request, self._version)
         slots, ranks = self._slots, self._ranks
+        told: dict[int, list[tuple[Any, int]]] = {}
+        for size, space in self._spaces.items():
+            space.begin(request, self._version)
+            told[size] = [(mask, self._tokens_at(request, space, depth)) for mask, depth in space.layers()]
         found: list[int] = []
         for instance in instances:
             live: LiveState = instance
+            tokens = 0
             slot = slots.get(live.instance_id)
-            if slot is None:
-                found.append(0)
-            elif live.instance_id in ranks:
-                found.append(self.cached_tokens(request, instance))
-            else:
-                depth = slot.space.depth(slot.bit)
-                held = depth and instance.engine.prefix_caching is not False
-                found.append(self._tokens_at(request, slot.space, depth) if held else 0)
+            if slot is not None:
+                if live.instance_id in ranks:
+                    tokens = self.cached_tokens(request, instance)
+                else:
+                    for mask, held in told[slot.space.block_tokens]:
+                        if mask & slot.bit:
+                            tokens = held if instance.engine.prefix_caching is not False else 0
+                            break
+            found.append(tokens)
         return found
 
     def holders(self, request: RequestMetadata, limit: int = MAX_HOLDERS) -> list[ExecutionInstance]:
@@ -132,21 +134,13 @@ class PrefixIndex:
         found: list[ExecutionInstance] = []
         if not chain(request):
             return found
-        by_depth: list[tuple[int, int, Space]] = []
+        by_tokens: list[tuple[int, Any]] = []
         for space in self._spaces.values():
             space.begin(request, self._version)
-            bits: Any = space.members
-            while bits and len(by_depth) < MAX_LAYERS:
-                depth = space.depth(bits)
-                if not depth:
-                    break
-                by_depth.append((-self._tokens_at(request, space, depth), depth, space))
-                bits = bits & ~space.mask(depth - 1)
-        seen: Any = 0
-        by_depth.sort(key=_tokens_of)
-        for tokens, depth, space in by_depth:
-            mask: Any = space.mask(depth - 1) & ~seen if tokens else 0
-            seen = seen | mask
+            by_tokens += [(-self._tokens_at(request, space, depth), mask) for mask, depth in space.layers()]
+        by_tokens.sort(key=_tokens_of)
+        for tokens, holding in by_tokens:
+            mask: Any = holding if tokens else 0
             while mask:
                 lowest: Any = mask & -mask
                 mask = mask ^ lowest
@@ -452,5 +446,5 @@ class PrefixIndex:
         )
 
 
-def _tokens_of(layer: tuple[int, int, Space]) -> int:
+def _tokens_of(layer: tuple[int, Any]) -> int:
     return layer[0]

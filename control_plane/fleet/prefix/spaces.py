@@ -25,6 +25,7 @@ class Space:
     their blocks; they are known by what was sent."""
 
     __slots__ = (
+        "_layers",
         "_sent",
         "block_tokens",
         "exact_levels",
@@ -55,6 +56,7 @@ class Space:
         self.version = -1
         self.pieces: tuple[Any, ...] = ()
         self.levels: list[Any] = []
+        self._layers: list[tuple[Any, int]] | None = None
         self.exact_levels = 0
 
     def begin(self, request: RequestMetadata, version: int) -> None:
@@ -67,6 +69,7 @@ class Space:
         self.version = version
         self.pieces = pieces
         self.levels = [None] * len(pieces)
+        self._layers = None
         self.exact_levels = self._learned_levels(pieces)
 
     def mask(self, level: int) -> Any:
@@ -92,6 +95,23 @@ class Space:
             # an engine that has dropped what is known as blocks holds nothing behind it, wherever that was sent
             bits = bits & self.mask(exact - 1)
         return self._last(exact, len(self.levels), bits)
+
+    def layers(self) -> list[tuple[Any, int]]:
+        """Who holds how many pieces of the matched request, the most first: bits, and the number. Those who hold none are left out."""
+        if self._layers is None:
+            layers: list[tuple[Any, int]] = []
+            bits = self.members
+            while bits:
+                depth = self.depth(bits)
+                if not depth:
+                    break
+                mask: Any = self.mask(depth - 1) & bits
+                if depth > self.exact_levels > 0:
+                    mask = mask & self.mask(self.exact_levels - 1)
+                layers.append((mask, depth))
+                bits = bits & ~mask
+            self._layers = layers
+        return self._layers
 
     def _last(self, low: int, high: int, bits: Any) -> int:
         """The first of these levels that none of ``bits`` holds."""
