@@ -99,6 +99,9 @@ def _check_content(request: RequestMetadata) -> None:
         raise wrong("extra_body", sorted(map(repr, request.extra_body)), "a dict with names as keys")
     if not isinstance(request.prompt_head, bytes):
         raise wrong("prompt_head", request.prompt_head, "bytes")
+    chain = request.prompt_chain
+    if chain is not None and not (isinstance(chain, tuple) and all(isinstance(piece, int) for piece in chain)):
+        raise wrong("prompt_chain", chain, "a tuple of whole numbers, or None")
 
 
 def _is_text_or_list(value: object) -> bool:

@@ -8,6 +8,7 @@ from typing import Final, Protocol
 from control_plane.clock import Clock
 from control_plane.errors import ControlPlaneError
 from control_plane.fleet import Fleet
+from control_plane.fleet.prefix.index import NOT_MATCHED
 from control_plane.job import Job
 from control_plane.live_state import InFlight, LiveState
 from control_plane.predicting.book import Flight
@@ -35,6 +36,7 @@ class Attempt:
         "_prompt_tokens",
         "_settled",
         "_waits",
+        "cached",
         "call",
         "chunk",
         "flight",
@@ -61,6 +63,8 @@ class Attempt:
         self._prompt_tokens: int = job.input_tokens
         self._waits = True
         self._in_flight.opened(self._prompt_tokens, self.started_s)
+        #: prompt tokens that were expected to be in its cache, and how sure that was (``fleet.prefix``)
+        self.cached: tuple[int, int] = NOT_MATCHED
         #: something has reached the caller's sink: from here on the request cannot be tried elsewhere
         self.sent = False
         #: bytes go from the engine to the caller's sink without a frame of ours in between

@@ -114,6 +114,8 @@ INSTANCE: Final[Mapping[str, Rule]] = {
     "warmup": _FLAG,
     "profile": _TEXT_OR_NONE,
     "priority_scheduling": _FLAG,
+    "kv_events_endpoint": _TEXT_OR_NONE,
+    "kv_events_replay_endpoint": _TEXT_OR_NONE,
 }
 PREFILLING: Final[Mapping[str, Rule]] = {
     "target_batch_size": _COUNT,

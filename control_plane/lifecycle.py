@@ -29,6 +29,7 @@ from control_plane.errors import (
     RequestCancelled,
 )
 from control_plane.fleet import Fleet, PrefixIndex
+from control_plane.fleet.prefix.learner import PrefixLearner
 from control_plane.job import Job, LaneKey
 from control_plane.live_state import LiveState, RequestFields
 from control_plane.observability.metrics import MetricsRecorder
@@ -92,6 +93,8 @@ class RequestLifecycle:
         self._metrics = metrics
         self._predictor = predictor
         self._prefixes = prefixes
+        #: learns which blocks prompts are; None: nobody does
+        self.learner: PrefixLearner | None = None
         self._events = events
         self._no_instance_timeout_s = no_instance_timeout_s
         self._max_attempts = max_attempts
@@ -364,7 +367,10 @@ class RequestLifecycle:
             return
         if not attempt.settled:
             self._attempts[job.request_id] = attempt
-            self._prefixes.sent(job.request, attempt.instance)
+            prefixes, request, instance = self._prefixes, job.request, attempt.instance
+            if self.learner is not None and prefixes.returns(request, instance):
+                self.learner.consider(request, job.wire, instance)
+            attempt.cached = prefixes.sent(request, instance)
 
     def attempt_finished(self, attempt: Attempt, outcome: EngineOutcome) -> None:
         """The executor reports a good end."""
@@ -397,6 +403,7 @@ class RequestLifecycle:
         live: LiveState = instance
         mean_ms: float = live.avg_latency_ms
         live.avg_latency_ms = mean_ms + LATENCY_WEIGHT * (latency_ms - mean_ms) if mean_ms else latency_ms
+        self._prefixes.ended(request, instance, attempt.cached, usage)
         if usage.exact:
             job.input_tokens = usage.prompt_tokens
         if attempt.flight is not None:

@@ -142,6 +142,7 @@ REQUEST_FIELDS = (
     "preferred_instance_id",
     "priority",
     "prompt",
+    "prompt_chain",
     "prompt_head",
     "prompt_size_bytes",
     "queue_time",
@@ -197,6 +198,7 @@ class RequestFields:
     kind: Any
     input_tokens: Any
     prompt_head: Any
+    prompt_chain: Any
     prompt_size_bytes: Any
 
     @property
@@ -237,4 +239,5 @@ class RequestFields:
         self.kind = None
         self.input_tokens = None
         self.prompt_head = b""
+        self.prompt_chain = None
         self.prompt_size_bytes = None

@@ -21,7 +21,9 @@ from control_plane.dispatch import Dispatcher
 from control_plane.engines import AnswerSink, StreamSink, delta_text
 from control_plane.errors import ConfigurationError, ControlPlaneError, Draining, InstanceNotFound, InvalidRequest, RequestCancelled
 from control_plane.executor import EngineFactory, ExecutionCoordinator
-from control_plane.fleet import Fleet, HealthSettings, PrefixIndex, describe_load
+from control_plane.fleet import Fleet, HealthSettings, PrefixIndex, PrefixReport, PrefixSettings, describe_load
+from control_plane.fleet.kv_events import KvEventFeed
+from control_plane.fleet.prefix.learner import PrefixLearner
 from control_plane.job import Job
 from control_plane.lifecycle import RequestLifecycle
 from control_plane.observability.events import EventLog
@@ -77,6 +79,7 @@ class ControlPlaneManager:
         dispatch_window: how many waiting requests the dispatcher looks at for an instance with room; 1 is strict order.
         max_attempts: how many engines one request may reach in all.
         health: intervals and thresholds of probing and outlier detection.
+        prefix: what is kept and learned of which prompts' beginnings are cached where.
         seed: of every random choice; None: from the machine.
         clock, engine_factory: handed in by the simulator and by tests.
     """
@@ -108,13 +111,14 @@ class ControlPlaneManager:
         dispatch_window: int = 64,
         max_attempts: int = 2,
         health: HealthSettings | None = None,
+        prefix: PrefixSettings | None = None,
         seed: int | None = None,
         clock: Clock | None = None,
         engine_factory: EngineFactory | None = None,
     ) -> None:
         options = locals()
         field_rules.check(options, field_rules.MANAGER, ConfigurationError)
-        for name, kind in (("pd_config", PDSeparationConfig), ("health", HealthSettings)):
+        for name, kind in (("pd_config", PDSeparationConfig), ("health", HealthSettings), ("prefix", PrefixSettings)):
             if not isinstance(options[name], kind | None):
                 raise field_rules.wrong(name, options[name], f"a {kind.__name__}(...), or None for its defaults", ConfigurationError)
         if enable_auto_scaling:
@@ -130,7 +134,7 @@ class ControlPlaneManager:
         self.enable_pd_separation = enable_pd_separation and self.pd_config.enabled
         self._rng = Random(seed)
         self.predictor = LatencyPredictor(self.clock)
-        self.prefixes = PrefixIndex()
+        self.prefixes = PrefixIndex(prefix)
         self.executor = ExecutionCoordinator(
             clock=self.clock,
             limits=ClientLimits(
@@ -175,6 +179,9 @@ class ControlPlaneManager:
             no_instance_timeout_s=no_instance_timeout_s,
             max_attempts=max_attempts,
         )
+        self.kv_events = KvEventFeed(self.prefixes, self.fleet, self.clock, self.events)
+        self.prefix_learner = PrefixLearner(self.prefixes, self.clock, self._engine_of)
+        self.lifecycle.learner = self.prefix_learner
         self._dispatcher = Dispatcher(
             self.queue,
             self.fleet,
@@ -366,6 +373,7 @@ class ControlPlaneManager:
         lifecycle.running = self._dispatcher.running = True
         self.metrics.begin()
         await self.executor.initialize()
+        self.kv_events.start()
         lifecycle.judge_early()
         self._dispatcher.room()
         self._tick_handle = asyncio.get_running_loop().call_later(TICK_S, self._tick)
@@ -385,6 +393,8 @@ class ControlPlaneManager:
             if self._tick_handle is not None:
                 self._tick_handle.cancel()
             try:
+                await self.kv_events.stop()
+                await self.prefix_learner.close()
                 await self.executor.cleanup()
             finally:
                 lifecycle.running = lifecycle.closed = False
@@ -419,6 +429,9 @@ class ControlPlaneManager:
     def _instance_changed(self, instance: ExecutionInstance | None = None) -> None:
         self.lifecycle.models_told()
         self._dispatcher.room(instance)
+
+    def _engine_of(self, instance_id: str) -> object | None:
+        return None if self.fleet.get(instance_id) is None else self.fleet.engine(instance_id)
 
     def _instance_forgotten(self, instance: ExecutionInstance) -> None:
         self.prefixes.forget(instance.instance_id)
@@ -512,6 +525,11 @@ class ControlPlaneManager:
     def get_costs(self) -> list[TenantCost]:
         """Dollars by tenant and model since start, predicted and actual, the dearest first. Empty where instances have no price."""
         return self.predictor.spending.listed()
+
+    def get_prefix_report(self) -> PrefixReport:
+        """How requests' prefixes were matched, how far off that was, and what the prefix index holds."""
+        learner = self.prefix_learner
+        return self.prefixes.report()._replace(learned_prompts=learner.learned, unlearned_prompts=learner.unlearned)
 
     def get_pd_metrics(self) -> PDMetrics:
         """Prefill/decode separation: what was classed how, and where it went."""

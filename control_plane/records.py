@@ -58,6 +58,7 @@ class RequestRecords:
         job.call = None
         fields: RequestFields = job.request
         fields.prompt_head = b""
+        fields.prompt_chain = None
         if self._max_ended > 0:
             self._ended[job.request_id] = job
             if len(self._ended) > self._max_ended:

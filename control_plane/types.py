@@ -249,6 +249,8 @@ class RequestMetadata(RequestFields):
     input_tokens: int | None = None
     #: the first bytes of the prompt as they came, for prefix-aware placement; b"": taken from the text
     prompt_head: bytes = b""
+    #: hashes of the prompt's pieces, each over all before it (``fleet.prefix.pieces``); None: made from the text when first needed
+    prompt_chain: tuple[int, ...] | None = field(default=None, repr=False, compare=False)
     #: size of the prompt where its text is not kept here (the gateway keeps only the body that came); None: measured from the text
     prompt_size_bytes: int | None = None
 
@@ -417,6 +419,9 @@ class ExecutionInstance(LiveState):
     learned_concurrency: int | None = None
     #: runs ``--scheduling-policy priority``: the wire's integer priority is sent there
     priority_scheduling: bool = False
+    #: where it publishes KV events (``tcp://HOST:PORT``), for a server that does not tell (vLLM before 0.32); and where it replays them
+    kv_events_endpoint: str | None = None
+    kv_events_replay_endpoint: str | None = None
     engine: EngineStats = field(default_factory=EngineStats)
     #: the registered instance that this is one data-parallel rank of, and which one (written by the fleet)
     server: ExecutionInstance | None = field(default=None, repr=False)

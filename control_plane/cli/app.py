@@ -138,6 +138,9 @@ def sim_engine(
     prefix_caching: Annotated[bool, typer.Option("--enable-prefix-caching/--no-enable-prefix-caching", help="As in vLLM.")] = True,
     data_parallel_size: Annotated[int, typer.Option(parser=_number(1, 1024), help="Ranks behind the address, each an engine.")] = 1,
     metrics_dialect: Annotated[str, typer.Option(help="Whose names /metrics uses: vllm, vllm-0.8 or sglang.")] = "vllm",
+    kv_events_config: Annotated[
+        str | None, typer.Option(metavar="JSON", help="As in vLLM: where it publishes which KV blocks it holds, over ZMQ.")
+    ] = None,
 ) -> None:
     """A simulated vLLM server: its paths, streams and metrics, in the time that the profile's hardware would take.
 
@@ -164,6 +167,7 @@ def sim_engine(
         prefix_caching=prefix_caching,
         data_parallel_size=data_parallel_size,
         metrics_dialect=metrics_dialect,
+        kv_events_config=kv_events_config,
         responses_store=os.environ.get("VLLM_ENABLE_RESPONSES_API_STORE", "0") not in ("", "0"),
         loop_factory=uvloop.new_event_loop,
     )
@@ -249,6 +253,7 @@ def compare(
     ] = None,
     engine_scheduling: Annotated[str, typer.Option(help="fcfs or priority, as vLLM's --scheduling-policy.")] = "fcfs",
     prefix_caching: Annotated[bool, typer.Option("--prefix-caching/--no-prefix-caching", help="Of the engines.")] = True,
+    kv_events: Annotated[bool, typer.Option("--kv-events/--no-kv-events", help="Engines tell which KV blocks they hold.")] = False,
     delay_ms: Annotated[
         float, typer.Option(parser=_number(0, 10_000, whole=False), help="From the control plane to an engine's scheduler and back.")
     ] = 1.0,
@@ -279,6 +284,7 @@ def compare(
         slo=slo or DEFAULT_SLO,
         engine_scheduling=engine_scheduling,
         prefix_caching=prefix_caching,
+        kv_events=kv_events,
         delay_ms=delay_ms,
         jitter=jitter,
         capacity_rps=capacity_rps,

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from control_plane.fleet import HealthSettings
+from control_plane.fleet import HealthSettings, PrefixSettings
 from control_plane.policies import POLICIES
 from control_plane.roofline import profile as catalogued
 from control_plane.router import ROUTERS
@@ -75,6 +75,10 @@ class InstanceConfig(_Strict):
     """Send one short request after it came up, before it gets traffic."""
     priority_scheduling: bool = False
     """It runs `--scheduling-policy priority`: the integer priority is sent there."""
+    kv_events_endpoint: str | None = None
+    """Where it publishes KV events, such as `tcp://10.0.0.2:5557`; asked from the server when left out (vLLM from 0.32)."""
+    kv_events_replay_endpoint: str | None = None
+    """Where it replays them."""
     prefilling_config: PrefillingConfig | None = None
     decoding_config: DecodingConfig | None = None
     metadata: dict[str, Any] = Field(default_factory=dict)
@@ -207,6 +211,8 @@ class ControlPlaneConfig(BaseSettings):
     """Of every random choice; from the machine when left out."""
     health: HealthSettings = Field(default_factory=HealthSettings)
     """Probes, passive marking, ejection."""
+    prefix: PrefixSettings = Field(default_factory=PrefixSettings)
+    """Which prompts' beginnings are cached where: KV events, bounds, learning."""
     instances: list[InstanceConfig] = Field(default_factory=list)
     server: ServerConfig = Field(default_factory=ServerConfig)
 

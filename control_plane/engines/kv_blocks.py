@@ -9,10 +9,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
+from mypy_extensions import mypyc_attr
+
 #: what one place in the eviction queue counts in the number kept of a held block, above its users
 _ENTRY: Final = 1 << 32
 #: stale places in the queue that are put up with, beside as many as there are others
 _SLACK: Final = 1024
+
+
+@mypyc_attr(allow_interpreted_subclasses=True)
+class CacheListener:
+    """Hears which contents come into a cache and which leave it. Subclass it."""
+
+    def stored(self, owner: object, first: int, contents: Sequence[int]) -> None:
+        """``contents`` are cached that were not: the blocks of ``owner`` (whoever filled them) from number ``first`` on."""
+
+    def removed(self, contents: Sequence[int]) -> None:
+        """``contents`` were evicted."""
 
 
 class KvBlocks:
@@ -29,7 +42,7 @@ class KvBlocks:
     at three times the memory and twice the time, and a thousand engines keep tens of millions of blocks.)
     """
 
-    __slots__ = ("_blank", "_evictable", "_first", "_held", "_private", "_queue", "caching", "group", "total")
+    __slots__ = ("_blank", "_evictable", "_first", "_held", "_private", "_queue", "caching", "group", "listener", "total")
 
     def __init__(self, total: int, *, caching: bool = True, group: int = 1) -> None:
         if total < 1 or group < 1:
@@ -37,6 +50,7 @@ class KvBlocks:
         self.total = total
         self.caching = caching
         self.group = group
+        self.listener: CacheListener | None = None
         self._blank = total
         self._private = 0
         #: content -> users, and above them its places in the queue
@@ -72,6 +86,10 @@ class KvBlocks:
                 break
             count += 1
         return count
+
+    def holds(self, content: int) -> bool:
+        """It is cached, in use or not."""
+        return content in self._held or content in self._evictable
 
     def evictable_among(self, hashes: Sequence[int]) -> int:
         """How many blocks of ``hashes`` are cached but unused: taking them lowers ``free``."""
@@ -138,6 +156,8 @@ class KvBlocks:
         held, evictable, queue = self._held, self._evictable, self._queue
         at = self._first
         self._blank += count * self.group
+        listener = self.listener
+        gone: list[int] = []
         while count:
             content = queue[at]
             at += 1
@@ -145,10 +165,14 @@ class KvBlocks:
             if places == 1:
                 del evictable[content]
                 count -= 1
+                if listener is not None:
+                    gone.append(content)
             elif places:
                 evictable[content] = places - 1
             else:
                 held[content] -= _ENTRY
+        if listener is not None:
+            listener.removed(gone)
         self._first = at
         if at > 2 * _SLACK and 2 * at > len(queue):
             del queue[:at]

@@ -86,6 +86,11 @@ class OpenAICompatibleEngine:
         status, _, body = await self.client.fetch("GET", path, headers=self._authorization(()), timeout_s=timeout_s)
         return status, body
 
+    async def post(self, path: str, body: bytes, timeout_s: float) -> tuple[int, bytes]:
+        """One small unary POST beside the traffic. Raises InstanceFailed."""
+        status, _, answer = await self.client.fetch("POST", path, headers=self._authorization((_JSON,)), body=body, timeout_s=timeout_s)
+        return status, answer
+
     async def close(self) -> None:
         client, self._client = self._client, None
         clients = [*self._former] if client is None else [*self._former, client]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from control_plane.engines.kv_blocks import KvBlocks
+from collections.abc import Sequence
+
+from control_plane.engines.kv_blocks import CacheListener, KvBlocks
 from control_plane.engines.sequence import ModelSequence
 
 
@@ -46,8 +48,19 @@ class SequenceBlocks(KvBlocks):
             known = sequence.hashes(full)
             if len(known) > len(held):
                 fresh = known[len(held) :]
+                if self.listener is not None:
+                    self._tell_stored(sequence, fresh, self.listener)
                 self.publish(fresh)
                 held.extend(fresh)
+
+    def _tell_stored(self, sequence: ModelSequence, fresh: Sequence[int], listener: CacheListener) -> None:
+        """Which of ``fresh``, the sequence's next blocks, are not cached yet: told in stretches."""
+        begin = 0
+        for at in range(len(fresh) + 1):
+            if at == len(fresh) or self.holds(fresh[at]):
+                if at > begin:
+                    listener.stored(sequence, len(sequence.held) + begin, fresh[begin:at])
+                begin = at + 1
 
     def leave(self, sequence: ModelSequence) -> None:
         """It lets go of all its blocks."""

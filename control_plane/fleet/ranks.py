@@ -45,6 +45,8 @@ _SHARED: Final = (
     "machine_id",
     "profile",
     "priority_scheduling",
+    "kv_events_endpoint",
+    "kv_events_replay_endpoint",
 )
 
 

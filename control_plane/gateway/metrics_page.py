@@ -21,6 +21,7 @@ def make_exporter(manager: ControlPlaneManager, loop_lag: LoopLag | None = None)
             scheduling_policy=manager.scheduling_policy.name,
             routing_strategy=manager.router.name,
             calibration=manager.predictor.calibration,
+            prefix=manager.get_prefix_report(),
         )
 
     return PrometheusExporter(manager.metrics, read, manager.clock, events=manager.events, loop_lag=loop_lag)

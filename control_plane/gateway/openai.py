@@ -15,6 +15,7 @@ from msgspec import UNSET, Raw, UnsetType
 
 from control_plane.admission import validate_request
 from control_plane.errors import InvalidRequest
+from control_plane.fleet.prefix.pieces import PIECE_BYTES, chain_of, mixed, seed_of
 from control_plane.gateway import edits
 from control_plane.gateway.endpoints import Endpoint
 from control_plane.gateway.forms import form_fields
@@ -156,7 +157,7 @@ def _metadata(head: Head, endpoint: Endpoint, body: bytes) -> RequestMetadata:
     fields.kind = endpoint.kind
     fields.prompt_size_bytes = len(body)
     if prompt is not _UNSET:
-        _measure(prompt, getattr(head, endpoint.preamble) if endpoint.preamble else _UNSET, head.tools, request)
+        _measure(prompt, getattr(head, endpoint.preamble) if endpoint.preamble else _UNSET, head.tools, head.cache_salt, request)
     user = head.user
     if user is not None:
         if not isinstance(user, str):
@@ -173,7 +174,7 @@ def _count(value: object) -> int | None:
     return value if type(value) is int and 0 < value <= _MAX_COUNT else None
 
 
-def _measure(prompt: Raw, preamble: Raw | UnsetType, tools: Raw | UnsetType, request: RequestFields) -> None:
+def _measure(prompt: Raw, preamble: Raw | UnsetType, tools: Raw | UnsetType, salt: Raw | UnsetType, request: RequestFields) -> None:
     """Note the size and the first bytes of the prompt; for token ids, how many."""
     if request.prompt_size_bytes <= HEAD_BYTES:  # of the whole body, so far
         first = bytes(prompt)
@@ -195,6 +196,18 @@ def _measure(prompt: Raw, preamble: Raw | UnsetType, tools: Raw | UnsetType, req
         first = (bytes(memoryview(preamble)[:HEAD_BYTES]) + first)[:HEAD_BYTES]
     request.prompt_size_bytes = size
     request.prompt_head = first
+    request.prompt_chain = _chain(memoryview(prompt), preamble, tools, salt, request.model_name) if len(first) >= PIECE_BYTES else ()
+
+
+def _chain(prompt: memoryview, preamble: Raw | UnsetType, tools: Raw | UnsetType, salt: Raw | UnsetType, model: str | None) -> object:
+    """What of the prompt is the same as others': made here, where the whole text is at hand, and nothing of it is kept."""
+    seed = seed_of(model or "")
+    for part in (tools, salt):
+        if part is not _UNSET:
+            seed = mixed(seed, memoryview(part))
+    if preamble is not _UNSET:
+        return chain_of(bytes(preamble) + bytes(prompt), seed)
+    return chain_of(prompt, seed)
 
 
 def _looks_like_media(view: memoryview, size: int) -> bool:

@@ -30,6 +30,7 @@ class Head(Struct, gc=False):
     n: Any = None
     user: Any = None
     tools: Raw | UnsetType = UNSET
+    cache_salt: Raw | UnsetType = UNSET
     metadata: Raw | UnsetType = UNSET
     previous_response_id: str | None = None
     # ours: taken out before the body goes on

@@ -24,6 +24,8 @@ WARNINGS = frozenset(
         "engine_metrics_missing",
         "instance_down",
         "instance_restarted",
+        "kv_events_lost",
+        "kv_events_unheard",
         "model_changed",
         "models_differ",
         "models_unreadable",

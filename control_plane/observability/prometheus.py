@@ -21,6 +21,7 @@ from control_plane.observability.events import EventLog
 from control_plane.observability.loop_lag import LoopLag
 from control_plane.observability.metrics import MAX_INSTANCE_CELLS, MetricsRecorder, ModelCell
 from control_plane.observability.prediction_series import prediction_series
+from control_plane.observability.prefix_report import PrefixReport, families
 from control_plane.predicting.calibration import Calibration
 from control_plane.types import ExecutionInstance
 
@@ -47,6 +48,7 @@ class Readings(NamedTuple):
     scheduling_policy: str
     routing_strategy: str
     calibration: Mapping[str, Calibration] = {}
+    prefix: PrefixReport = PrefixReport()
 
 
 class PrometheusExporter(Collector):
@@ -96,6 +98,7 @@ class PrometheusExporter(Collector):
         yield from self._by_code()
         yield from _now(readings)
         yield from prediction_series(readings.calibration)
+        yield from families(readings.prefix)
         yield from self._by_instance(list(islice(readings.instances, MAX_INSTANCE_CELLS)))
         if self._loop_lag is not None:
             yield _gauge("loop_lag_seconds", "Worst lateness of a timer since the last scrape.", self._loop_lag.take_max_s())

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import xxhash
+
 from control_plane.engines.model import ModelSequence
 from control_plane.sim_engine.tokens import block_hashes
 from control_plane.sim_engine.words import Generation
@@ -31,6 +33,7 @@ class Choice(ModelSequence):
         "prompt_index",
         "quick",
         "reply",
+        "salt",
         "sent",
         "tail",
     )
@@ -43,7 +46,7 @@ class Choice(ModelSequence):
         generation: Generation | None,
         *,
         block_tokens: int,
-        salt: int = 0,
+        salt: str = "",
         priority: int = 0,
         prompt_index: int = 0,
         limit: int = 0,
@@ -67,14 +70,21 @@ class Choice(ModelSequence):
         self.tail = b""
         self._block_tokens = block_tokens
         self._hashes: list[int] = []
-        self._salt = salt
+        #: what keeps its blocks apart from those of others with the same tokens
+        self.salt = salt
+        self._salt = xxhash.xxh3_64_intdigest(salt.encode()) if salt else 0
 
     def hashes(self, blocks: int) -> Sequence[int]:
         if len(self._hashes) < blocks:
-            tokens = list(self.prompt_ids)
-            missing = blocks * self._block_tokens - len(tokens)
-            if missing > 0 and self.generation is not None:
-                self.generation.extend(min(missing, self.generation.total))
-                tokens += self.generation.ids[:missing]
-            self._hashes = block_hashes(tokens[: blocks * self._block_tokens], self._block_tokens, self._hashes, self._salt)
+            tokens = self.first_tokens(blocks * self._block_tokens)
+            self._hashes = block_hashes(tokens, self._block_tokens, self._hashes, self._salt)
         return self._hashes[:blocks]
+
+    def first_tokens(self, count: int) -> list[int]:
+        """The first ``count`` tokens of prompt and answer, or all that there are."""
+        tokens = list(self.prompt_ids[:count])
+        missing = count - len(tokens)
+        if missing > 0 and self.generation is not None:
+            self.generation.extend(min(missing, self.generation.total))
+            tokens += self.generation.ids[:missing]
+        return tokens

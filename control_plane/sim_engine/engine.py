@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from email.utils import format_datetime
 from random import Random
 from typing import Any, Final
 
 import msgspec
-import xxhash
 
 from control_plane.clock import Clock, SystemClock
 from control_plane.engines.model import EngineModel
@@ -20,6 +19,7 @@ from control_plane.roofline import profile as named_profile
 from control_plane.sim_engine.choices import Choice
 from control_plane.sim_engine.errors import ApiError, Moved, PlainError, invalid, refused_by_engine, too_long, unknown_model
 from control_plane.sim_engine.fields import Body
+from control_plane.sim_engine.kv_events import KvEventsConfig, KvPublisher
 from control_plane.sim_engine.metrics import DIALECTS, EngineMetrics, write_page
 from control_plane.sim_engine.params import Options, check_sequences, sampling
 from control_plane.sim_engine.prompts import Prompts
@@ -59,6 +59,7 @@ class SimEngine:
         jitter: sigma of the lognormal noise on step times.
         data_parallel_size: ranks behind this server, an engine each; ``X-data-parallel-rank`` names one.
         metrics_dialect: whose names ``/metrics`` uses: ``vllm``, ``vllm-0.8`` (an older one's) or ``sglang``.
+        kv_events_config: as vLLM's flag: JSON, or a mapping. Each rank's events are published from :meth:`start` on.
 
     Faults for tests: :meth:`hang` and :meth:`resume`, :meth:`fail_next`, :attr:`cut_streams_after`, :meth:`abort_all`, :meth:`kill`.
     """
@@ -82,6 +83,7 @@ class SimEngine:
         jitter: float = 0.0,
         data_parallel_size: int = 1,
         metrics_dialect: str = "vllm",
+        kv_events_config: str | Mapping[str, Any] | None = None,
         clock: Clock | None = None,
     ) -> None:
         if not speed > 0:
@@ -140,6 +142,7 @@ class SimEngine:
         #: data-parallel ranks, in order; one where there is no such thing
         self.ranks = [Rank(model, EngineMetrics(model, self.model_name, started_unix_s, at)) for at, model in enumerate(models)]
         self._balancer = Balancer(self.ranks)
+        self.kv_events_config = KvEventsConfig.read(kv_events_config)
         self._server: HttpServer | None = None
         self._replies: set[Reply] = set()
         self._hanging: list[Exchange] | None = None
@@ -150,10 +153,20 @@ class SimEngine:
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> None:
         """Listen. Port 0: any free one, see :attr:`port`."""
+        loop = asyncio.get_running_loop()
         for rank in self.ranks:
-            rank.start(asyncio.get_running_loop(), self.speed)
+            rank.start(loop, self.speed)
+        self._publish(loop)
         self._server = HttpServer(self._handle, limits=ServerLimits(idle_timeout_s=KEEP_ALIVE_S))
         await self._server.start(host, port)
+
+    def _publish(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not self.kv_events_config.is_on:
+            return
+        for at, rank in enumerate(self.ranks):
+            publisher = KvPublisher(self.kv_events_config, at, self.profile.block_size_tokens, self.unix_now_s)
+            publisher.start(loop)
+            rank.publish(publisher)
 
     @property
     def port(self) -> int:
@@ -174,19 +187,19 @@ class SimEngine:
             for reply in list(self._replies):
                 reply.cut_short()
         await server.stop(max(grace_s, _FLUSH_S))
-        self._close_pumps()
+        self._close_ranks()
 
     async def kill(self) -> None:
         """Be gone at once, as after a crash: every connection dropped, nobody listening."""
         server, self._server = self._server, None
         if server is not None:
             self.abort_all()
-            self._close_pumps()
+            self._close_ranks()
             await server.stop(0.0)
 
-    def _close_pumps(self) -> None:
+    def _close_ranks(self) -> None:
         for rank in self.ranks:
-            rank.pump.close()
+            rank.close()
 
     def abort_all(self) -> None:
         """Drop the connections of all requests under way, without an answer."""
@@ -226,6 +239,11 @@ class SimEngine:
     def model(self) -> EngineModel:
         """The first rank's: the only one's where there are no others."""
         return self.ranks[0].model
+
+    @property
+    def kv_events(self) -> KvPublisher | None:
+        """Of the first rank: publishes its KV events, while the engine runs."""
+        return self.ranks[0].publisher
 
     # ------------------------------------------------------------------ requests
 
@@ -284,8 +302,11 @@ class SimEngine:
 
     # ------------------------------------------------------------------ what answers are made of
 
+    def unix_now_s(self) -> float:
+        return self.clock.utc(self.clock.now_s()).timestamp()
+
     def unix_s(self) -> int:
-        return int(self.clock.utc(self.clock.now_s()).timestamp())
+        return int(self.unix_now_s())
 
     def hex_id(self) -> str:
         return f"{self.rng.getrandbits(64):016x}"
@@ -356,7 +377,6 @@ class SimEngine:
     def choices(self, reply: Reply, prompts: Sequence[Sequence[int]], wanted: Sampling, options: Options) -> list[Choice]:
         """The sequences of a request: ``n`` for each prompt. Raises ApiError when they are too many."""
         check_sequences(options.n * len(prompts))
-        salt = xxhash.xxh3_64_intdigest(options.salt.encode()) if options.salt else 0
         made: list[Choice] = []
         for prompt in prompts:
             for index in range(options.n):
@@ -366,7 +386,7 @@ class SimEngine:
                     prompt,
                     self.speaker.generate(prompt, wanted, index),
                     block_tokens=self.profile.block_size_tokens,
-                    salt=salt,
+                    salt=options.salt or "",
                     priority=options.priority,
                     limit=wanted.max_tokens,
                 )

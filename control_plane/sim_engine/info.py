@@ -38,8 +38,9 @@ def load(engine: SimEngine, exchange: Exchange) -> None:
 
 
 def event_sources(engine: SimEngine, exchange: Exchange) -> None:
-    """None, as in vLLM without ``--kv-events-config``."""
-    engine.respond_json(exchange, {})
+    """Where its ranks publish KV events; none, as in vLLM, without ``--kv-events-config``."""
+    publishers = [rank.publisher for rank in engine.ranks if rank.publisher is not None]
+    engine.respond_json(exchange, {str(one.rank): one.told() for one in publishers})
 
 
 def metrics(engine: SimEngine, exchange: Exchange) -> None:

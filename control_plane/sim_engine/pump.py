@@ -8,6 +8,7 @@ from typing import Final, cast
 
 from control_plane.engines.model import EngineModel, Run, State
 from control_plane.sim_engine.choices import Choice
+from control_plane.sim_engine.kv_events import KvPublisher
 from control_plane.sim_engine.metrics import EngineMetrics
 
 #: steps caught up with in one go before other work of the event loop gets its turn
@@ -21,12 +22,14 @@ _MAX_LAG_S: Final = 0.25
 class Pump:
     """Model time is the loop's time times ``speed``; it stands still while the engine hangs."""
 
-    __slots__ = ("_behind_s", "_halted", "_loop", "_timer", "metrics", "model", "speed")
+    __slots__ = ("_behind_s", "_halted", "_loop", "_timer", "kv_events", "metrics", "model", "speed")
 
     def __init__(self, model: EngineModel, metrics: EngineMetrics, loop: asyncio.AbstractEventLoop, speed: float) -> None:
         self.model = model
         self.metrics = metrics
         self.speed = speed
+        #: publishes what comes into the cache and leaves it; None: nobody does
+        self.kv_events: KvPublisher | None = None
         self._loop = loop
         self._timer: asyncio.TimerHandle | asyncio.Handle | None = None
         self._halted = False
@@ -94,6 +97,8 @@ class Pump:
         """A step is over: every sequence in it gets its token."""
         decoding = cast("list[Choice]", list(self.model.decoding))
         done = self.model.complete()
+        if self.kv_events is not None:
+            self.kv_events.flush()
         self.metrics.step((run.end_s - run.start_s) / self.speed, done.decoded, run.prefill_tokens, len(done.started))
         for choice in decoding:
             if choice.state is not State.ABORTED:

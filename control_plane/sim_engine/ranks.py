@@ -11,21 +11,32 @@ from control_plane.sim_engine.errors import refused_by_engine
 from control_plane.sim_engine.pump import Pump
 
 if TYPE_CHECKING:
+    from control_plane.sim_engine.kv_events import KvPublisher
     from control_plane.sim_engine.metrics import EngineMetrics
 
 
 class Rank:
-    """One of them. ``pump`` runs it once the server was started."""
+    """One of them. ``pump`` runs it once the server was started; ``publisher`` tells its KV events, where any are asked for."""
 
-    __slots__ = ("_pump", "metrics", "model")
+    __slots__ = ("_pump", "metrics", "model", "publisher")
 
     def __init__(self, model: EngineModel, metrics: EngineMetrics) -> None:
         self.model = model
         self.metrics = metrics
+        self.publisher: KvPublisher | None = None
         self._pump: Pump | None = None
 
     def start(self, loop: asyncio.AbstractEventLoop, speed: float) -> None:
         self._pump = Pump(self.model, self.metrics, loop, speed)
+
+    def publish(self, publisher: KvPublisher) -> None:
+        """What comes into its cache and leaves it is told there from now on."""
+        self.publisher = self.pump.kv_events = self.model.blocks.listener = publisher
+
+    def close(self) -> None:
+        self.pump.close()
+        if self.publisher is not None:
+            self.publisher.close()
 
     @property
     def pump(self) -> Pump:

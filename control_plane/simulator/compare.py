@@ -56,6 +56,7 @@ class Comparison:
     slo: str = DEFAULT_SLO
     engine_scheduling: str = "fcfs"
     prefix_caching: bool = True
+    kv_events: bool = False
     delay_ms: float = 1.0
     jitter: float = 0.02
     capacity_rps: float = 0.0
@@ -238,6 +239,7 @@ def _scenario(comparison: Comparison, workload: Workload, fleet: FleetSpec, seed
         jitter=comparison.jitter,
         engine_scheduling=comparison.engine_scheduling,
         prefix_caching=comparison.prefix_caching,
+        kv_events=comparison.kv_events,
     )
 
 

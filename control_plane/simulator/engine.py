@@ -16,8 +16,10 @@ import msgspec
 from control_plane.engines.model import EngineModel, ModelSequence
 from control_plane.engines.state import State
 from control_plane.errors import EngineError, InstanceFailed
+from control_plane.fleet import PrefixIndex
 from control_plane.protocols import Call, EngineOutcome, Headers, Sink, WireRequest
 from control_plane.roofline import EngineProfile
+from control_plane.simulator.cache_events import ToldBlocks
 from control_plane.simulator.loop import VirtualLoop, Wake
 from control_plane.simulator.workload import TraceRequest
 from control_plane.types import ExecutionInstance, Leg, RequestMetadata, Usage
@@ -86,6 +88,7 @@ class VirtualEngine:
         delay_s: seconds from sending a request until the engine's scheduler sees it, and back: network and the server's own work,
             all charged on the way in. What the profile's server takes for itself comes to it.
         jitter: sigma of the lognormal noise on step times, drawn from ``rng``.
+        index_of: gives the prefix index that is told which blocks it holds; None: nobody is told.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class VirtualEngine:
         delay_s: float = 0.0,
         jitter: float = 0.0,
         rng: Random | None = None,
+        index_of: Callable[[], PrefixIndex] | None = None,
     ) -> None:
         self.instance = instance
         self.profile = profile
@@ -117,7 +121,11 @@ class VirtualEngine:
             rng=rng,
             jitter=jitter,
         )
+        #: of the blocks that the index is told of
+        self.told_block_tokens = profile.block_size_tokens if self._block_tokens else block_tokens
+        self._told = ToldBlocks(index_of, instance, self.told_block_tokens) if index_of is not None else None
         self.model = self._fresh_model()
+        self.model.blocks.listener = self._told
         self.context = min(profile.max_model_len_tokens, self.model.blocks.total * profile.block_size_tokens)
         #: how often it was asked for anything but work
         self.probes = 0
@@ -198,6 +206,9 @@ class VirtualEngine:
             self._wake = None
         lost, self._served = list(self._served), {}
         self.model = self._fresh_model()
+        self.model.blocks.listener = self._told
+        if self._told is not None:
+            self._told.lost()
         for served in lost:
             if served.arriving is not None:
                 served.arriving.cancel()

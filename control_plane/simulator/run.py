@@ -6,16 +6,18 @@ import asyncio
 import gc
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import IO, Final
 
 from control_plane.errors import ControlPlaneError
+from control_plane.fleet import PrefixSettings
+from control_plane.fleet.prefix.pieces import ENDS, MAX_COVERED_BYTES, chain_of, seed_of
 from control_plane.manager import ControlPlaneManager
 from control_plane.protocols import Call, EngineOutcome, Headers, WireRequest
 from control_plane.roofline import EngineProfile
-from control_plane.simulator.engine import VirtualEngine
+from control_plane.simulator.engine import VirtualEngine, engine_block_ids
 from control_plane.simulator.ledger import EventLedger
 from control_plane.simulator.loop import Deadlock, VirtualClock, VirtualLoop
 from control_plane.simulator.outcome import BEGIN_S, COMPLETED, FAILED, LIVE, REJECTED, Outcomes, RunResult, Sample
@@ -94,6 +96,7 @@ class Simulation:
         self._rng = Random(f"run {scenario.seed}")
         self._profiles: dict[str, EngineProfile] = {}
         self._model = scenario.fleet.model_name
+        self._seed = seed_of(self._model)
         self._clock = VirtualClock(self.loop)
         self.manager = self._make_manager()
         self._next_turn = next_turns(self.requests)
@@ -111,7 +114,8 @@ class Simulation:
         self._before = self._after = _Caches()
 
     def _make_manager(self) -> ControlPlaneManager:
-        options = {"history_max_requests": 0, "seed": self._rng.getrandbits(32), **self.arm.options}
+        told = PrefixSettings(kv_events=False, learn_per_s=0.0)  # by direct calls, if at all
+        options = {"history_max_requests": 0, "seed": self._rng.getrandbits(32), "prefix": told, **self.arm.options}
         manager = ControlPlaneManager(
             self.arm.scheduling_policy,
             self.arm.routing_strategy,
@@ -141,9 +145,20 @@ class Simulation:
             delay_s=scenario.delay_s,
             jitter=scenario.jitter,
             rng=Random(self._rng.getrandbits(64)),
+            index_of=(lambda: self.manager.prefixes) if scenario.kv_events else None,
         )
         self.engines.append(engine)
         return engine
+
+    def _learn_blocks(self, trace: TraceRequest, chain: Sequence[int]) -> None:
+        """What tokenising it in the background would tell: which blocks of each kind of engine its text is."""
+        of_trace = self.scenario.workload.block_tokens
+        prefixes = self.manager.prefixes
+        tokens = [int(end / BYTES_PER_TOKEN) for end in ENDS[: len(chain)]]
+        for size in dict.fromkeys(engine.told_block_tokens for engine in self.engines):
+            if prefixes.returned(chain, size):
+                keys = trace.block_ids if size == of_trace else engine_block_ids(trace.block_ids, of_trace, size)
+                prefixes.learn(size, chain, tokens, keys)
 
     def _trace_of(self, request_id: str) -> TraceRequest | None:
         return self.requests[int(request_id)] if request_id.isdecimal() else None
@@ -202,6 +217,11 @@ class Simulation:
         if self._window_s[0] <= now_s < self._window_s[1]:
             self._awaited += 1
         self.ledger.note(now_s, f"arrive {row}")
+        block_tokens = self.scenario.workload.block_tokens
+        text = prompt_head(trace, MAX_COVERED_BYTES, block_tokens, BYTES_PER_TOKEN, row)
+        chain = chain_of(memoryview(text), self._seed)
+        if self.scenario.kv_events:
+            self._learn_blocks(trace, chain)
         request = RequestMetadata(
             request_id=str(row),
             model_name=self._model,
@@ -213,7 +233,8 @@ class Simulation:
             session_id=trace.session_id or None,
             tenant_id=trace.tenant or None,
             kind=_KIND,
-            prompt_head=prompt_head(trace, HEAD_BYTES, self.scenario.workload.block_tokens, BYTES_PER_TOKEN, row),
+            prompt_head=text[:HEAD_BYTES],
+            prompt_chain=chain,
             prompt_size_bytes=round(trace.prompt_tokens * BYTES_PER_TOKEN),
         )
         try:

@@ -42,6 +42,7 @@ class Scenario:
         delay_s: from the control plane to an engine's scheduler and back.
         jitter: sigma of the lognormal noise on step times.
         engine_scheduling: ``fcfs`` or ``priority``, as vLLM's ``--scheduling-policy``.
+        kv_events: engines tell which blocks they hold, so that the prefix index is exact (without sockets, at once).
         sample_s: distance of the points of the timeline.
     """
 
@@ -55,6 +56,7 @@ class Scenario:
     jitter: float = 0.02
     engine_scheduling: str = "fcfs"
     prefix_caching: bool = True
+    kv_events: bool = False
     sample_s: float = 5.0
 
     def __post_init__(self) -> None:

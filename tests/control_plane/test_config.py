@@ -50,7 +50,7 @@ def test_top_level_names_and_defaults_are_those_of_the_manager() -> None:
     config = ControlPlaneConfig()
 
     assert set(config.manager_arguments()) == set(parameters) - handed_in
-    given_as_objects = {"pd_config", "health"}
+    given_as_objects = {"pd_config", "health", "prefix"}
     assert {name: value for name, value in config.manager_arguments().items() if name not in given_as_objects} == {
         name: one.default for name, one in parameters.items() if name not in handed_in | given_as_objects
     }

@@ -26,7 +26,7 @@ from control_plane import ControlPlaneManager, PDMetrics, PerformanceMetrics, co
 from control_plane.cli.app import app
 from control_plane.config import load_config
 from control_plane.config.schema import ControlPlaneConfig, InstanceConfig, ServerConfig
-from control_plane.fleet import HealthSettings
+from control_plane.fleet import HealthSettings, PrefixSettings
 from control_plane.gateway import replies
 from control_plane.gateway.admin import AdminApi
 from control_plane.gateway.endpoints import ENDPOINTS
@@ -181,6 +181,7 @@ def fields_with_defaults(tree: Any) -> dict[str, Any]:
         ("## Top level", ControlPlaneConfig),
         ("## `pd_config`", PDSeparationConfig),
         ("## `health`", HealthSettings),
+        ("## `prefix`", PrefixSettings),
         ("## `instances`", InstanceConfig),
         ("### `prefilling_config`", PrefillingConfig),
         ("### `decoding_config`", DecodingConfig),

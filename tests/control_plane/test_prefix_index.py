@@ -1,4 +1,4 @@
-"""The approximate prefix index: what it believes, what it forgets, and what the dispatch window makes of it."""
+"""The prefix index: what it believes, what it forgets, what engines' events make exact, and what the dispatch window makes of it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted_engine import ScriptedCall, ScriptedEngine
 
-from control_plane import ControlPlaneManager, ExecutionInstance, RequestMetadata
-from control_plane.fleet import HealthSettings, PrefixIndex
-from control_plane.fleet.prefix_index import MAX_PIECES, PIECE_BYTES
+from control_plane import ConfigurationError, ControlPlaneManager, ExecutionInstance, RequestMetadata
+from control_plane.fleet import HealthSettings, PrefixIndex, PrefixSettings
+from control_plane.fleet.prefix.blocks import block_keys
+from control_plane.fleet.prefix.pieces import ENDS, MAX_COVERED_BYTES, PIECE_BYTES, chain, chain_of, seed_of
+from control_plane.types import Usage
 
 A = ExecutionInstance(instance_id="a", model_name="m")
 B = ExecutionInstance(instance_id="b", model_name="m")
@@ -26,7 +28,8 @@ def prompt(text: str, model: str = "m") -> RequestMetadata:
 def test_whole_shared_pieces_count_and_nothing_else(shared: int, first: int, second: int) -> None:
     index = PrefixIndex()
     index.sent(prompt("s" * shared + "1" * first), A)
-    expected = min(shared // PIECE_BYTES, MAX_PIECES) * TOKENS
+    index.sent(prompt("other " * 200), B)
+    expected = max((end for end in ENDS if end <= shared), default=0) // 4
     assert index.cached_tokens(prompt("s" * shared + "2" * second), A) == expected
     assert index.cached_tokens(prompt("s" * shared), B) == 0
     assert index.cached_tokens(prompt("s" * shared, model="other"), A) == 0
@@ -80,6 +83,133 @@ async def test_the_window_takes_the_warm_request_and_window_one_is_strict(window
     assert sorted(order) == ["cold", "first", "warm"]
 
 
+# ---- chains
+
+
+@given(size=st.integers(0, 2 * MAX_COVERED_BYTES))
+def test_a_chain_covers_a_prompt_but_for_an_eighth_at_most(size: int) -> None:
+    covered = max((end for end in ENDS if end <= size), default=0)
+    assert len(chain_of(b"x" * size, 1)) == sum(end <= size for end in ENDS)
+    assert min(size, MAX_COVERED_BYTES) - covered <= max(PIECE_BYTES, covered / 8)
+
+
+def test_chains_of_other_models_tools_and_texts_have_nothing_in_common() -> None:
+    text = b"text " * 1000
+    assert chain_of(memoryview(text), seed_of("m")) == chain_of(text, seed_of("m"))
+    assert set(chain_of(text, seed_of("m"))).isdisjoint(chain_of(text, seed_of("other")))
+    assert chain_of(b"y" + text, 1)[-1] != chain_of(b"z" + text, 1)[-1]
+
+
+# ---- what engines tell
+
+
+def fed(index: PrefixIndex, instance: ExecutionInstance, tokens: list[int], keys: list[int] | None = None) -> list[int]:
+    """The instance holds the blocks of these tokens; its own hashes are the keys plus one. Returns the keys."""
+    slot = index.feed(instance, 16)
+    keys = keys or block_keys(tokens, 16)
+    index.stored(slot, [key + 1 for key in keys], None, tokens)
+    return keys
+
+
+def learned(index: PrefixIndex, request: RequestMetadata, keys: list[int]) -> None:
+    pieces = chain(request)
+    index.learn(16, pieces, [end // 4 for end in ENDS[: len(pieces)]], keys)
+
+
+def test_what_is_learned_and_held_is_known_to_the_piece_and_what_is_evicted_is_not() -> None:
+    index = PrefixIndex()
+    request, tokens = prompt("word " * 400), list(range(500))
+    index.feed(B, 16)
+    keys = fed(index, A, tokens)
+    assert index.cached_tokens(request, A) == 0
+    assert index.sent(request, A) == (0, 0), "it was sent nowhere, so it is new"
+    assert index.sent(request, B) == (0, 1), "partly: it returns, and which blocks it is is not known"
+    assert index.sent(request, B) == (3 * TOKENS, 1), "until then what was sent there counts"
+    assert index.returns(request, A)
+    index.forget("b")
+    index.feed(B, 16)
+    learned(index, request, keys)
+    assert not index.returns(request, A)
+    assert index.cached_tokens_of(request, [A, B]) == [3 * TOKENS, 0]
+    assert index.holders(request, 4) == [A]
+    assert index.sent(request, A) == (3 * TOKENS, 0)
+    slot = index.find(A)
+    assert slot is not None
+    index.removed(slot, [key + 1 for key in keys[2 * TOKENS // 16 :]])
+    assert index.cached_tokens(request, A) == 2 * TOKENS
+    index.lost(slot)
+    assert index.sent(request, A) == (0, 0), "exactly nothing"
+    index.forget("a")
+    assert index.report().blocks == 0
+    assert not index.is_fed(A)
+
+
+def test_blocks_say_more_than_what_was_sent() -> None:
+    index = PrefixIndex()
+    request, tokens = prompt("word " * 400), list(range(500))
+    keys = fed(index, A, tokens)
+    learned(index, request, keys)
+    index.sent(request, A)
+    slot = index.find(A)
+    assert slot is not None
+    index.removed(slot, [key + 1 for key in keys])
+    assert index.cached_tokens(request, A) == 0, "it was sent there, and the engine says that it holds nothing of it"
+
+
+def test_no_more_blocks_and_pieces_are_kept_than_were_allowed() -> None:
+    index = PrefixIndex(PrefixSettings(max_blocks=10, max_pieces=4))
+    tokens = list(range(500))
+    request = prompt("word " * 400)
+    keys = fed(index, A, tokens)
+    report = index.report()
+    assert (report.blocks, report.refused_blocks) == (10, 21)
+    learned(index, request, keys)
+    for number in range(20):
+        learned(index, prompt(f"{number} " * 400), [number] * len(keys))
+    assert index.report().pieces == 4
+    assert index.cached_tokens(request, A) == TOKENS, "whose blocks are held is kept"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_blocks": 0}, {"max_pieces": 1.5}, {"learn_per_s": -1}, {"kv_events": "yes"}, {"learn_per_s": float("nan")}]
+)
+def test_wrong_bounds_are_refused_by_name(wrong: dict[str, object]) -> None:
+    with pytest.raises(ConfigurationError, match=rf"prefix\.{next(iter(wrong))}"):
+        PrefixSettings(**wrong)  # type: ignore[arg-type]
+
+
+# ---- what was sent
+
+
+def test_answers_take_room_and_the_ratio_of_bytes_to_tokens_is_learned() -> None:
+    index = PrefixIndex()
+    small = ExecutionInstance(instance_id="small", model_name="m")
+    small.engine.kv_block_size_tokens, small.engine.kv_block_count = 16, 8 * TOKENS // 16
+    first = prompt("x" * PIECE_BYTES * 3)
+    usage = Usage(3 * TOKENS, 5 * TOKENS, 0, exact=True)
+    index.ended(first, small, index.sent(first, small), usage)
+    assert index.cached_tokens(first, small) == 3 * TOKENS
+    other = prompt("y" * PIECE_BYTES)
+    index.sent(other, small)
+    assert index.cached_tokens(first, small) == 3 * TOKENS, "the answer before goes first"
+    for number in range(40):
+        dense = prompt(f"{number}" * PIECE_BYTES)
+        index.ended(dense, A, index.sent(dense, A), Usage(dense.prompt_bytes // 2, 1, 0, exact=True))
+    assert index.cached_tokens(prompt("0" * PIECE_BYTES), A) == pytest.approx(2 * TOKENS, abs=8)
+
+
+def test_errors_are_summed_by_how_the_match_came_about() -> None:
+    index = PrefixIndex()
+    request = prompt("x" * PIECE_BYTES * 2)
+    for cached in (0, 3 * TOKENS, None):
+        expected = index.sent(request, A)
+        index.ended(request, A, expected, Usage(2 * TOKENS, 1, cached, exact=True))
+    report = index.report()
+    assert report.requests == (0, 0, 3, 0)
+    assert report.errors[2] == (2, 2 * TOKENS, 3 * TOKENS, 0, TOKENS)
+    assert report.exact_share == 0.0
+
+
 def test_what_each_holds_and_who_holds_the_most() -> None:
     index = PrefixIndex()
     asked = prompt("x" * PIECE_BYTES * 3)
@@ -108,3 +238,18 @@ def test_room_costs_what_is_asked_for_again_after_it_went() -> None:
     assert 0.0 < index.lost_tokens(small, TOKENS) < 0.3 * missed
     index.forget("small")
     assert index.lost_tokens(small, TOKENS) == 0.0
+
+
+@given(turns=st.lists(st.tuples(st.integers(0, 5), st.integers(1, 12), st.integers(0, 3000)), max_size=60))
+def test_a_mirror_holds_no_more_than_its_engine_and_always_beginnings(turns: list[tuple[int, int, int]]) -> None:
+    index = PrefixIndex()
+    small = ExecutionInstance(instance_id="small", model_name="m")
+    small.engine.kv_block_size_tokens, small.engine.kv_block_count = 16, 10 * TOKENS // 16
+    for which, pieces, output in turns:
+        request = prompt(f"{which}" * PIECE_BYTES * pieces)
+        usage = Usage(TOKENS * pieces, output, None, exact=True)
+        index.ended(request, small, index.sent(request, small), usage)
+        assert index.report().sent_pieces <= 10
+        assert index.report().sent_pieces * TOKENS >= index.cached_tokens(request, small)
+    held = sum(index.cached_tokens(prompt(f"{which}" * PIECE_BYTES * 8), small) for which in range(6))
+    assert held <= 10 * TOKENS

@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -336,3 +337,21 @@ def test_the_curves_agree_with_the_row() -> None:
     assert sum(map(sum, curves["placement"]["by_class"].values())) == 300
     assert len(curves["timeline"]["running"]) == 3
     assert len(curves["timeline"]["running"][0]) == len(curves["timeline"]["at_s"])
+
+
+@pytest.mark.parametrize("block_tokens", [512, 500], ids=["whole blocks of the engine", "no whole blocks of the engine"])
+def test_told_of_blocks_the_index_expects_what_the_engines_find(block_tokens: int) -> None:
+    errors = {}
+    for told in (True, False):
+        given = replace(workload(300, 4.0, sessions=12), block_tokens=block_tokens)
+        scenario = Scenario(parse_fleet("2xh100-llama3-8b"), given, kv_events=told, seed=3)
+        simulation = Simulation(scenario, Arm("fifo", "locality"))
+        simulation.run()
+        report = simulation.manager.get_prefix_report()
+        kind = 0 if told else 2
+        errors[told] = report.errors[kind]
+        assert report.fed == (2 if told else 0)
+        assert report.requests[kind] >= 250
+    assert errors[True].cached_tokens > 0
+    assert errors[True].over_tokens == 0, "what an engine tells of is there"
+    assert errors[True].under_tokens <= errors[False].under_tokens + errors[False].over_tokens
