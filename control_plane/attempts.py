@@ -8,6 +8,7 @@ from typing import Final, Protocol
 from control_plane.clock import Clock
 from control_plane.errors import ControlPlaneError
 from control_plane.fleet import Fleet
+from control_plane.fleet.ahead import count_ahead, count_begun
 from control_plane.job import Job
 from control_plane.live_state import LiveState
 from control_plane.protocols import Call, EngineOutcome, Headers
@@ -17,8 +18,9 @@ _RUNNING: Final = RequestStatus.RUNNING
 
 
 class AttemptListener(Protocol):
-    """Who started an attempt and hears its end, once."""
+    """Who started an attempt and hears of its first token, where it shows one, and of its end, once."""
 
+    def attempt_began(self, attempt: Attempt) -> None: ...
     def attempt_finished(self, attempt: Attempt, outcome: EngineOutcome) -> None: ...
     def attempt_failed(self, attempt: Attempt, error: ControlPlaneError) -> None: ...
 
@@ -30,6 +32,7 @@ class Attempt:
         "_attempts",
         "_listener",
         "_settled",
+        "ahead",
         "backlog_ms",
         "batch",
         "call",
@@ -53,6 +56,8 @@ class Attempt:
         live: LiveState = instance
         self.backlog_ms: float = live.outstanding_ms
         self.batch = float(live.active_requests + 1)
+        #: it counts as work ahead on its engine: a stream that has shown no token
+        self.ahead = job.wire.stream
         #: something has reached the caller's sink: from here on the request cannot be tried elsewhere
         self.sent = False
         #: bytes go from the engine to the caller's sink without a frame of ours in between
@@ -75,6 +80,9 @@ class Attempt:
         job.last_token_s = last_s
         job.output_tokens += n
         job.sink.tokens(n, first_s, last_s)
+        if self.ahead:
+            self._attempts.begun(self)
+            self._listener.attempt_began(self)
 
     def finished(self, outcome: EngineOutcome) -> None:
         if self._settle():
@@ -144,11 +152,20 @@ class Attempts:
         job.state = _RUNNING
         self.running[job.request_id] = job.shown
         self._fleet.placed(attempt.instance, job.predicted_ms, job.phase)
+        if attempt.ahead:
+            count_ahead(attempt.instance, job.prefill_ms)
+
+    def begun(self, attempt: Attempt) -> None:
+        """Its first token is there: it is no work ahead any more."""
+        attempt.ahead = False
+        count_begun(attempt.instance, attempt.job.prefill_ms)
 
     def closed(self, attempt: Attempt) -> None:
         """An attempt leaves its instance, however it ended."""
         job = attempt.job
         self.running.pop(job.request_id, None)
+        if attempt.ahead:
+            self.begun(attempt)
         self._fleet.released(attempt.instance, job.predicted_ms, job.phase)
 
     def count(self, *, failed: bool) -> None:

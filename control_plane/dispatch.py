@@ -17,6 +17,7 @@ from typing import Final
 from control_plane.admission import affordable, preferred
 from control_plane.errors import BudgetExhausted, ControlPlaneError, NoInstanceAvailable, RequestTimeout
 from control_plane.fleet import Fleet
+from control_plane.fleet.ahead import NOT_HELD, heard_of, learn
 from control_plane.job import Job, LaneKey
 from control_plane.live_state import LiveState, RequestFields
 from control_plane.pd_routing import PDRoutingStrategy
@@ -56,6 +57,7 @@ class Dispatcher:
         fail: Fail,
         window: int = 64,
         queue_timeout_s: float = math.inf,
+        finds_ahead: bool = True,
     ) -> None:
         self.queue = queue
         self.fleet = fleet
@@ -67,6 +69,10 @@ class Dispatcher:
         self._launch = launch
         self._fail = fail
         self._queue_timeout_s = queue_timeout_s
+        #: each instance's ``dispatch_ahead_ms`` follows what is seen there
+        self._finds_ahead = finds_ahead
+        #: when each engine was last heard of
+        self._heard_s: dict[str, float] = {}
         self._room_comes = False
         self._placing: set[asyncio.Task[None]] = set()
         #: how many of them by model: one whose placing takes long holds up no other model
@@ -139,6 +145,26 @@ class Dispatcher:
             lanes.sort(key=self._head_key)
         for lane in lanes:
             self._serve_lane(lane)
+
+    def began(self, instance: ExecutionInstance, sent_s: float) -> None:
+        """A first token came there, of a request that was sent at ``sent_s``: the engine has room for the next prompt."""
+        live: LiveState = instance
+        now_s = self.fleet.now_s
+        if len(self.queue):
+            if self._finds_ahead:
+                learn(live, sent_s, now_s)
+            self.room(instance)
+        live.held_since_s = now_s if len(self.queue) else NOT_HELD
+
+    def look_at_waiting(self) -> None:
+        """What the engines told last of the requests that wait there. Looked at once a tick while requests wait here."""
+        if not self._finds_ahead or not len(self.queue):
+            return
+        heard, seen = {}, self._heard_s
+        for instance in self.fleet.instances():
+            stats, name = instance.engine, instance.instance_id
+            heard[name] = heard_of(instance, stats.waiting, stats.at_s, seen.get(name, 0.0))
+        self._heard_s = heard
 
     def room_soon(self) -> None:
         """Requests were cancelled. Looked at once those that are being cancelled together are gone: they should not be sent first."""
@@ -286,6 +312,8 @@ class Dispatcher:
             if service_ms is None:
                 service_ms = max(0.0, decided.estimated_latency_ms - self.fleet.predictor.wait_ms(instance))
             job.predicted_ms = service_ms
+            if job.wire.stream:
+                job.prefill_ms = self.fleet.predictor.prefill_ms(instance, job.input_tokens)
             live: LiveState = instance
             if live.decoding_config is not None or job.filled_in:
                 lend_target(job, instance)

@@ -164,6 +164,7 @@ MANAGER: Final[Mapping[str, Rule]] = {
     "history_max_age_s": _WAIT,
     "metrics_window_s": Number(above=True),
     "dispatch_window": _COUNT,
+    "dispatch_ahead_ms": Number(above=True, none="found for each instance"),
     "max_attempts": _COUNT,
 }
 

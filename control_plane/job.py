@@ -56,6 +56,7 @@ class Job:
         "owner",
         "phase",
         "predicted_ms",
+        "prefill_ms",
         "queued",
         "relegated",
         "request",
@@ -110,6 +111,8 @@ class Job:
         self.input_tokens = 0
         self.output_tokens = 0
         self.predicted_ms = 0.0
+        #: predicted prefill where it runs
+        self.prefill_ms = 0.0
         self.phase: str | None = None
         self.decided: Decided | None = None
         #: what it is predicted to cost where it runs

@@ -366,6 +366,10 @@ class RequestLifecycle:
             self._attempts[job.request_id] = attempt
             self._prefixes.sent(job.request, attempt.instance)
 
+    def attempt_began(self, attempt: Attempt) -> None:
+        """Its first token is there: the engine has room for the next prompt."""
+        self.dispatcher.began(attempt.instance, attempt.started_s)
+
     def attempt_finished(self, attempt: Attempt, outcome: EngineOutcome) -> None:
         """The executor reports a good end."""
         job = attempt.job

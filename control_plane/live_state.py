@@ -31,6 +31,10 @@ class LiveState:
     prefilling_active_requests: Any
     decoding_active_requests: Any
     outstanding_ms: Any
+    ahead_requests: Any
+    ahead_ms: Any
+    dispatch_ahead_ms: Any
+    held_since_s: Any
     price_per_gpu_hour_usd: Any
     supported_request_types: Any
     url: Any
@@ -58,6 +62,10 @@ LIVE_FIELDS = (
     "prefilling_active_requests",
     "decoding_active_requests",
     "outstanding_ms",
+    "ahead_requests",
+    "ahead_ms",
+    "dispatch_ahead_ms",
+    "held_since_s",
     "price_per_gpu_hour_usd",
     "supported_request_types",
     "url",

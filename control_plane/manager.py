@@ -73,6 +73,8 @@ class ControlPlaneManager:
         history_max_requests, history_max_age_s: how many finished requests are remembered, and how long.
         metrics_window_s: rates and quantiles cover this much of the past.
         dispatch_window: how many waiting requests the dispatcher looks at for an instance with room; 1 is strict order.
+        dispatch_ahead_ms: predicted milliseconds of prompts that are sent to an engine before their first token; what is beyond waits here.
+            None: found for each instance, so that it never runs dry.
         max_attempts: how many engines one request may reach in all.
         health: intervals and thresholds of probing and outlier detection.
         seed: of every random choice; None: from the machine.
@@ -104,6 +106,7 @@ class ControlPlaneManager:
         history_max_age_s: float = 3600.0,
         metrics_window_s: float = 60.0,
         dispatch_window: int = 64,
+        dispatch_ahead_ms: float | None = None,
         max_attempts: int = 2,
         health: HealthSettings | None = None,
         seed: int | None = None,
@@ -122,6 +125,7 @@ class ControlPlaneManager:
         self.clock = clock or SystemClock()
         self.events = EventLog(self.clock)
         self.drain_timeout_s = drain_timeout_s
+        self._dispatch_ahead_ms = dispatch_ahead_ms
         self.enable_monitoring = enable_monitoring
         self.pd_config = pd_config or PDSeparationConfig()
         #: both switches; :attr:`pd_router` is there exactly then
@@ -183,6 +187,7 @@ class ControlPlaneManager:
             fail=self.lifecycle.end_failed,
             window=dispatch_window,
             queue_timeout_s=queue_timeout_s,
+            finds_ahead=dispatch_ahead_ms is None,
         )
         self.lifecycle.bind(self._dispatcher)
         self.fleet.on_change = self._instance_changed
@@ -231,6 +236,8 @@ class ControlPlaneManager:
 
     def register_instance(self, instance: ExecutionInstance) -> None:
         """Add an engine; the object stays live: what its owner sets on it counts. Raises InvalidRequest for an id taken."""
+        if self._dispatch_ahead_ms is not None:
+            instance.dispatch_ahead_ms = self._dispatch_ahead_ms
         self.executor.register_instance(instance)
         self._tell_policy(self.scheduling_policy, instance)
 
@@ -408,6 +415,7 @@ class ControlPlaneManager:
             self._records.forget_old()
             if self.scheduling_policy.relegates:
                 self.queue.relegate_due(now_s)
+            self._dispatcher.look_at_waiting()
             self._instance_changed()
             self._violations.append(self.metrics.slo_violations)
             self._review_policy()

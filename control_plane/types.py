@@ -397,6 +397,13 @@ class ExecutionInstance(LiveState):
     profile: str | None = None
     #: predicted milliseconds of work placed here and not finished (written by the fleet)
     outstanding_ms: float = 0.0
+    #: streamed requests placed here that have shown no token yet, and their predicted prefill (written by the fleet)
+    ahead_requests: int = 0
+    ahead_ms: float = 0.0
+    #: predicted prefill that may be ahead here; found by whether the engine runs dry (written by the fleet)
+    dispatch_ahead_ms: float = 500.0
+    #: monotonic seconds of the last first token after which requests were held back; inf: nobody was (written by the dispatcher)
+    held_since_s: float = math.inf
     #: in-flight cap learned from the engine (written by the fleet); None: none seen yet
     learned_concurrency: int | None = None
     #: runs ``--scheduling-policy priority``: the wire's integer priority is sent there
