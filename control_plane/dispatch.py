@@ -146,11 +146,12 @@ class Dispatcher:
         for lane in lanes:
             self._serve_lane(lane)
 
-    def began(self, instance: ExecutionInstance, sent_s: float) -> None:
-        """A first token came there, of a request that was sent at ``sent_s``: the engine has room for the next prompt."""
+    def began(self, job: Job, instance: ExecutionInstance, sent_s: float) -> None:
+        """A first token of ``job`` came there, which was sent at ``sent_s``: the engine has room for the next prompt."""
         live: LiveState = instance
         now_s = self.fleet.now_s
         if len(self.queue):
+            self.queue.began(job.lane, now_s - sent_s - job.prefill_ms / 1000.0)
             if self._finds_ahead:
                 learn(live, sent_s, now_s)
             self.room(instance)
@@ -301,6 +302,8 @@ class Dispatcher:
 
     def _start(self, job: Job, decided: Decided, phase: ExecutionInstanceType | None) -> None:
         if job.queued:
+            if self._policy.relegates and not job.work_ms:
+                job.work_ms = self._policy.work_ms(job.request, self.fleet)
             self.queue.pop(job, self.fleet.now_s)
         job.decided = decided
         job.cost_usd = decided.estimated_cost

@@ -69,6 +69,7 @@ class Job:
         "unreached_since_s",
         "usage",
         "wire",
+        "work_ms",
     )
 
     def __init__(
@@ -99,6 +100,8 @@ class Job:
         #: last moment at which starting still meets the deadline; +inf without one
         self.latest_start_s = float("inf")
         self.relegated = False
+        #: predicted milliseconds of an instance that it takes up; 0.0: not asked yet
+        self.work_ms = 0.0
         #: in a lane of the queue right now
         self.queued = False
         self.state = _PENDING

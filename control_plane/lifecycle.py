@@ -368,7 +368,7 @@ class RequestLifecycle:
 
     def attempt_began(self, attempt: Attempt) -> None:
         """Its first token is there: the engine has room for the next prompt."""
-        self.dispatcher.began(attempt.instance, attempt.started_s)
+        self.dispatcher.began(attempt.job, attempt.instance, attempt.started_s)
 
     def attempt_finished(self, attempt: Attempt, outcome: EngineOutcome) -> None:
         """The executor reports a good end."""

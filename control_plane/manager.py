@@ -48,6 +48,8 @@ from control_plane.types import (
 
 #: how often deadlines, time limits and the adaptive policy are looked at
 TICK_S = 0.25
+#: relegation is said at most once in so many seconds
+RELEGATION_SAID_S = 10.0
 
 
 class ControlPlaneManager:
@@ -203,6 +205,9 @@ class ControlPlaneManager:
         )
         #: SLO violations at the last ticks, so that the adaptive policy sees those of the last ten seconds
         self._violations: deque[int] = deque([0], maxlen=int(10 / TICK_S))
+        #: requests relegated since it was said last, and when that was
+        self._relegated = 0
+        self._relegation_said_s = -RELEGATION_SAID_S
         self._tick_handle: asyncio.TimerHandle | None = None
         #: a policy whose review raised
         self._review_failed: SchedulingPolicy | None = None
@@ -414,13 +419,22 @@ class ControlPlaneManager:
             self.lifecycle.give_up_hung(now_s)
             self._records.forget_old()
             if self.scheduling_policy.relegates:
-                self.queue.relegate_due(now_s)
+                self._review_backlog(now_s)
             self._dispatcher.look_at_waiting()
             self._instance_changed()
             self._violations.append(self.metrics.slo_violations)
             self._review_policy()
         finally:
             self._tick_handle = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+
+    def _review_backlog(self, now_s: float) -> None:
+        """What cannot start in time any more goes behind what can; said at most once in RELEGATION_SAID_S."""
+        moved, restored = self.queue.review(self.scheduling_policy, self.fleet)
+        self._relegated += moved - restored
+        if self._relegated > 0 and now_s >= self._relegation_said_s + RELEGATION_SAID_S:
+            count, queued, self._relegated, self._relegation_said_s = self._relegated, len(self.queue), 0, now_s
+            message = f"{count} requests cannot start in time any more and go behind the others ({queued} wait)"
+            self.events.event("requests_relegated", message, count=count, queued=queued)
 
     def _instance_changed(self, instance: ExecutionInstance | None = None) -> None:
         self.lifecycle.models_told()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from control_plane.errors import ConfigurationError, ControlPlaneError, QueueFull
+from control_plane.feasible import CLASS_WORTH, Pace, left_out
 from control_plane.job import Job, LaneKey
 from control_plane.protocols import FleetView
 from control_plane.types import ExecutionInstance, RequestMetadata
@@ -30,6 +31,9 @@ COMPACT_ABOVE = 64
 #: waiting requests looked at for a QueueState, so that a review's cost has a bound
 STATE_SAMPLE = 1024
 MAX_RETRY_AFTER_S = 60.0
+#: waiting requests of a lane that a review goes through, in their order
+MAX_REVIEWED = 2048
+MAX_PACES = 1024
 
 #: (key, seq, entry number, job); the number is unique, so jobs are never compared
 _Entry = tuple[float, int, int, Job]
@@ -41,6 +45,7 @@ class QueueOrder(Protocol):
     def key(self, request: RequestMetadata, arrival_s: float, view: FleetView) -> float: ...
     def latest_start_s(self, request: RequestMetadata, arrival_s: float, view: FleetView) -> float: ...
     def slack_s(self, job: Job, now_s: float, present_wait_s: float) -> float: ...
+    def work_ms(self, request: RequestMetadata, view: FleetView) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +92,11 @@ def relative_slack_s(job: Job, now_s: float, present_wait_s: float, patience: fl
 
 
 class _Lane:
-    __slots__ = ("key", "late", "live", "live_late", "main", "since_late", "wait_s")
+    __slots__ = ("key", "late", "live", "live_late", "main", "pace", "since_late", "wait_s")
 
-    def __init__(self, key: LaneKey) -> None:
+    def __init__(self, key: LaneKey, pace: Pace) -> None:
         self.key = key
+        self.pace = pace
         self.main: list[_Entry] = []
         self.late: list[_Entry] = []
         self.live = 0
@@ -125,6 +131,8 @@ class RequestQueue:
         #: each waiting job and the number of its valid entry, in order of acceptance
         self._numbers: dict[Job, int] = {}
         self._due: list[tuple[float, int, Job]] = []
+        #: outlives the lanes, which end whenever nobody waits in them
+        self._paces: dict[LaneKey, Pace] = {}
         self._next_number = itertools.count(1).__next__
         self._next_seq = itertools.count(1).__next__
 
@@ -167,6 +175,7 @@ class RequestQueue:
         """Take a job out to start it now: its wait counts towards the lane's present wait, its turn towards the relegated."""
         lane = self._lanes[job.lane]
         lane.since_late = 0 if job.relegated else lane.since_late + 1
+        lane.pace.started(job.work_ms)
         if now_s is not None:
             lane.wait_s += WAIT_WEIGHT * (now_s - job.arrival_s - lane.wait_s)
         self.remove(job)
@@ -175,7 +184,8 @@ class RequestQueue:
     def _put(self, job: Job) -> None:
         lane = self._lanes.get(job.lane)
         if lane is None:
-            lane = self._lanes[job.lane] = _Lane(job.lane)
+            lane = self._lanes[job.lane] = _Lane(job.lane, self._pace(job.lane))
+            lane.pace.begin(job.arrival_s)
         number = self._next_number()
         self._numbers[job] = number
         heapq.heappush(lane.main, (job.key, job.seq, number, job))
@@ -184,6 +194,14 @@ class RequestQueue:
         job.queued = True
         if job.latest_start_s < math.inf:
             heapq.heappush(self._due, (job.latest_start_s, number, job))
+
+    def _pace(self, lane: LaneKey) -> Pace:
+        found = self._paces.get(lane)
+        if found is None:
+            if len(self._paces) >= MAX_PACES:
+                self._paces.clear()
+            found = self._paces[lane] = Pace()
+        return found
 
     def _forget(self, job: Job) -> None:
         del self._numbers[job]
@@ -304,15 +322,62 @@ class RequestQueue:
             _, number, job = heapq.heappop(self._due)
             if self._numbers.get(job) != number or job.relegated:
                 continue
-            lane = self._lanes[job.lane]
-            if not lane.live_late:
-                lane.since_late = 0
-            job.relegated = True
-            self._numbers[job] = fresh = self._next_number()
-            heapq.heappush(lane.late, (job.key, job.seq, fresh, job))
-            lane.live_late += 1
+            self._move(job, self._lanes[job.lane])
             moved.append(job)
         return moved
+
+    def _move(self, job: Job, lane: _Lane) -> None:
+        """Behind the others of its lane, or back among them."""
+        self._numbers[job] = fresh = self._next_number()
+        entry = (job.key, job.seq, fresh, job)
+        if job.relegated:
+            job.relegated = False
+            lane.live_late -= 1
+            heapq.heappush(lane.main, entry)
+            heapq.heappush(self._due, (job.latest_start_s, fresh, job))
+            return
+        if not lane.live_late:
+            lane.since_late = 0
+        job.relegated = True
+        lane.live_late += 1
+        heapq.heappush(lane.late, entry)
+
+    def began(self, lane: LaneKey, there_s: float) -> None:
+        """A request of this lane had its first token, ``there_s`` after it was sent, without its own prefill."""
+        found = self._lanes.get(lane)
+        if found is not None:
+            found.pace.began(there_s)
+
+    def review(self, policy: QueueOrder, view: FleetView) -> tuple[int, int]:
+        """Relegate those that cannot start in time, so that as many others as possible can; how many were moved back, and how many
+        came to the fore again. Looked at once a tick, and each time at the first MAX_REVIEWED of a lane only."""
+        if not self._numbers:
+            return 0, 0
+        now_s = view.now_s
+        moved, restored = len(self.relegate_due(now_s)), 0
+        for lane in list(self._lanes.values()):
+            pace = lane.pace
+            pace.look(now_s)
+            if not pace.work_ms_per_s:
+                continue
+            jobs = [job for job in self._first(lane.late, MAX_REVIEWED) if job.latest_start_s > now_s + pace.there_s]
+            jobs = sorted(self._first(lane.main, MAX_REVIEWED) + jobs, key=_in_order)[:MAX_REVIEWED]
+            for job in jobs:
+                if not job.work_ms:
+                    job.work_ms = policy.work_ms(job.request, view)
+            out = left_out(
+                [job.work_ms for job in jobs],
+                [job.latest_start_s - now_s - pace.there_s for job in jobs],
+                [CLASS_WORTH[job.request.priority] for job in jobs],
+                pace.work_ms_per_s,
+            )
+            hopeless = set(out)
+            for at, job in enumerate(jobs):
+                if job.relegated != (at in hopeless):
+                    moved += not job.relegated
+                    restored += job.relegated
+                    self._move(job, lane)
+        return moved, restored
 
     def rekey(self, policy: QueueOrder, view: FleetView) -> None:
         """Order everything anew by another policy.
@@ -356,6 +421,10 @@ class RequestQueue:
             misses_lately=misses_lately,
             prices_differ=prices_differ,
         )
+
+
+def _in_order(job: Job) -> tuple[float, int]:
+    return job.key, job.seq
 
 
 def _best_of(jobs: list[Job], wait_s: float, policy: QueueOrder, instance: ExecutionInstance, view: FleetView) -> Job | None:

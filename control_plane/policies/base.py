@@ -62,6 +62,10 @@ class SchedulingPolicy:
             latest_s = min(latest_s, arrival_s + (request.ttft_slo_ms - self.guide.prefill_ms(request, view)) / 1000.0)
         return latest_s
 
+    def work_ms(self, request: RequestMetadata, view: FleetView) -> float:
+        """Predicted milliseconds of an instance that it takes up; what the queue adds up to see whether all can still start in time."""
+        return self.guide.work_ms(request, view)
+
     def slack_s(self, job: Job, now_s: float, present_wait_s: float) -> float:
         """Seconds for which the dispatch window may still pass it; 0 or less: no more."""
         return relative_slack_s(job, now_s, present_wait_s)
