@@ -179,7 +179,8 @@ class RequestLifecycle:
         """Admit it where it can be judged already. The instances with room where it may start at once, before anybody waits; else None,
         and it is in the queue. Raises what :meth:`accept` raises and leaves nothing behind."""
         room: list[ExecutionInstance] | None = None
-        if self.running and job.lane.model:
+        judged = self.running and bool(job.lane.model)
+        if judged:
             room = self._admit(job, named=named)
         else:
             self._postpone(job)
@@ -190,6 +191,8 @@ class RequestLifecycle:
             room = None
             self.queue.push(job)
         job.hold_body(self._memory)
+        if judged and self.dispatcher.policy.accounts:
+            self.dispatcher.policy.charge(job, self._fleet)
         return room
 
     def _postpone(self, job: Job) -> None:
@@ -330,6 +333,8 @@ class RequestLifecycle:
                 job.lane = job.lane._replace(model=self._lane_model(job.lane.model, job.wire))
                 if job.lane.model:
                     self._admit(job)
+                    if self.dispatcher.policy.accounts:
+                        self.dispatcher.policy.charge(job, self._fleet)
                 self.queue.requeue(job)
             except ControlPlaneError as error:
                 self.end_failed(job, error)
@@ -350,6 +355,8 @@ class RequestLifecycle:
     def launch(self, job: Job, leg: Leg) -> None:
         job.scheduled_s = now_s = self._clock.now_s()
         job.attempts += 1
+        if self.dispatcher.policy.accounts:
+            self.dispatcher.policy.started(job)
         fields: RequestFields = job.request
         arrival = fields.arrival_time if now_s - job.arrival_s < AT_ONCE_S else None
         now = arrival or self._clock.utc(now_s)
@@ -515,6 +522,8 @@ class RequestLifecycle:
             for waiter in waiters:
                 if not waiter.done():
                     waiter.set_result(None)
+        if self.dispatcher.policy.accounts:
+            self.dispatcher.policy.settle(job)
         if self._tells_policy:
             self._tell_policy(job)
         if job.filled_in:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from random import Random
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -77,6 +77,7 @@ class ControlPlaneManager:
         dispatch_window: how many waiting requests the dispatcher looks at for an instance with room; 1 is strict order.
         dispatch_ahead_ms: predicted milliseconds of prompts that are sent to an engine before their first token; what is beyond waits here.
             None: found for each instance, so that it never runs dry.
+        tenant_weights: shares of tenants under fair_share, and under adaptive while that chose it; 1.0 for those that are not named.
         max_attempts: how many engines one request may reach in all.
         health: intervals and thresholds of probing and outlier detection.
         seed: of every random choice; None: from the machine.
@@ -109,6 +110,7 @@ class ControlPlaneManager:
         metrics_window_s: float = 60.0,
         dispatch_window: int = 64,
         dispatch_ahead_ms: float | None = None,
+        tenant_weights: Mapping[str, float] | None = None,
         max_attempts: int = 2,
         health: HealthSettings | None = None,
         seed: int | None = None,
@@ -128,6 +130,7 @@ class ControlPlaneManager:
         self.events = EventLog(self.clock)
         self.drain_timeout_s = drain_timeout_s
         self._dispatch_ahead_ms = dispatch_ahead_ms
+        self._tenant_weights = dict(tenant_weights or {})
         self.enable_monitoring = enable_monitoring
         self.pd_config = pd_config or PDSeparationConfig()
         #: both switches; :attr:`pd_router` is there exactly then
@@ -457,6 +460,8 @@ class ControlPlaneManager:
         """A policy's own ``schedule`` answers with what dispatch would decide."""
         policy.view_of = lambda _: self.fleet
         policy.place_with = self._dispatcher.decide
+        if self._tenant_weights:
+            policy.weigh(self._tenant_weights)
 
     def update_policy(self, scheduling_policy: str | SchedulingPolicy | object) -> None:
         """Change the order at run time: what waits is re-keyed once and loses nothing.
@@ -487,10 +492,11 @@ class ControlPlaneManager:
         if policy is self._review_failed:
             return
         try:
-            if (why := policy.review(self._queue_state())) is not None:
+            state = self._queue_state()
+            if (why := policy.review(state)) is not None:
                 self._dispatcher.policy = policy  # it is asked anew what it does
                 self.queue.rekey(policy, self.fleet)
-                self.events.event("policy_switched", why, policy=policy.name)
+                self.events.event("policy_switched", why, policy=policy.name, **asdict(state))
         except Exception as error:  # the user's own: said once, not four times a second
             self._review_failed = policy
             message = f"review of the scheduling policy {policy.name} failed and is asked no more: {error!r}"

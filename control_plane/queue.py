@@ -42,6 +42,10 @@ _Entry = tuple[float, int, int, Job]
 class QueueOrder(Protocol):
     """The part of a scheduling policy that the queue needs."""
 
+    @property
+    def accounts(self) -> bool: ...
+    def begin_accounts(self) -> None: ...
+    def charge(self, job: Job, view: FleetView) -> None: ...
     def key(self, request: RequestMetadata, arrival_s: float, view: FleetView) -> float: ...
     def latest_start_s(self, request: RequestMetadata, arrival_s: float, view: FleetView) -> float: ...
     def slack_s(self, job: Job, now_s: float, present_wait_s: float) -> float: ...
@@ -57,6 +61,7 @@ class QueueState:
     oldest_wait_s: float = 0.0
     deadline_share: float = 0.0
     distinct_priorities: int = 0
+    distinct_tenants: int = 0
     predicted_wait_s: float = 0.0
     utilisation: float = 0.0
     misses_lately: int = 0
@@ -81,6 +86,23 @@ def _ordered_by(job: Job, policy: QueueOrder, view: FleetView) -> tuple[float, f
     if key != key:
         raise ConfigurationError(f"the policy's key of request {job.request_id} is not a number", param="scheduling_policy")
     return key, latest_start_s
+
+
+def _all_ordered_by(jobs: list[Job], policy: QueueOrder, view: FleetView) -> list[tuple[Job, float, float]]:
+    """Each job with its key and latest start. Where keys depend on those given before, they are given in the order of acceptance."""
+    if not policy.accounts:
+        return [(job, *_ordered_by(job, policy, view)) for job in jobs]
+    policy.begin_accounts()
+    fresh = []
+    for job in sorted(jobs, key=lambda job: job.seq):
+        key, latest_start_s = _ordered_by(job, policy, view)
+        before, job.key = job.key, key
+        try:
+            policy.charge(job, view)
+        finally:
+            job.key = before
+        fresh.append((job, key, latest_start_s))
+    return fresh
 
 
 def relative_slack_s(job: Job, now_s: float, present_wait_s: float, patience: float = 1.0) -> float:
@@ -385,7 +407,7 @@ class RequestQueue:
         Equal keys keep the order of acceptance; the relegated are judged again. Raises ConfigurationError where the policy fails or
         its key is no number, and then nothing has changed.
         """
-        fresh = [(job, *_ordered_by(job, policy, view)) for job in self._numbers]
+        fresh = _all_ordered_by(list(self._numbers), policy, view)
         self.order += 1
         for lane in self._lanes.values():
             lane.main, lane.late, lane.live_late, lane.since_late = [], [], 0, 0
@@ -416,6 +438,7 @@ class RequestQueue:
             oldest_wait_s=now_s - sample[0].arrival_s if sample else 0.0,
             deadline_share=with_target / len(sample) if sample else 0.0,
             distinct_priorities=len({job.request.priority for job in sample}),
+            distinct_tenants=len({job.request.tenant for job in sample}),
             predicted_wait_s=predicted_wait_s,
             utilisation=utilisation,
             misses_lately=misses_lately,
