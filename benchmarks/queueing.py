@@ -193,7 +193,7 @@ class Bench:
         for policy in policies:
             indices, apart = [], []
             for seed in self.seeds:
-                workload = hogs(self.base, 2.0 * rate, WARMUP_S + self.options.seconds + 30.0, seed)
+                workload = hogs(self.base, 4.0 * rate, WARMUP_S + self.options.seconds + 30.0, seed)
                 given = policy if isinstance(policy, str) else policy()
                 result = self.run(Arm(given, self.options.router), rate, seed, "all=ttft:1000000", workload)
                 served = served_tokens(result)
@@ -204,7 +204,8 @@ class Bench:
 
 
 def hogs(base: Workload, rate_rps: float, length_s: float, seed: int) -> Workload:
-    """Four tenants that are always backlogged and ask for 1, 1, 2 and 4 parts of the traffic, together ``rate_rps``."""
+    """Four tenants that are always backlogged and ask for 1, 1, 2 and 4 parts of the traffic, together
+    ``rate_rps``, four times the capacity."""
     drawn = at_rate(base, rate_rps, length_s, Random(f"hogs {seed}"))
     rng = Random(f"tenants {seed}")
     for request in drawn.requests:

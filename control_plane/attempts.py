@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Final, Protocol
 
@@ -129,6 +130,8 @@ class Attempts:
         self.ended = 0
         self.failed = 0
         self._fleet = fleet
+        #: streams that have shown no token, in the order of their sending
+        self._ahead: dict[ExecutionInstance, dict[Attempt, None]] = {}
 
     def start(self, job: Job, leg: Leg, listener: AttemptListener) -> Attempt:
         """Run ``job`` where ``leg`` says. A failure comes to ``listener.attempt_failed``, maybe at once. Raises InstanceNotFound."""
@@ -154,11 +157,25 @@ class Attempts:
         self._fleet.placed(attempt.instance, job.predicted_ms, job.phase)
         if attempt.ahead:
             count_ahead(attempt.instance, job.prefill_ms)
+            self._ahead.setdefault(attempt.instance, {})[attempt] = None
 
     def begun(self, attempt: Attempt) -> None:
         """Its first token is there: it is no work ahead any more."""
         attempt.ahead = False
+        there = self._ahead[attempt.instance]
+        del there[attempt]
+        if not there:
+            del self._ahead[attempt.instance]
         count_begun(attempt.instance, attempt.job.prefill_ms)
+
+    def ahead_on(self, instance: ExecutionInstance) -> list[Attempt]:
+        """Streams there that have shown no token, oldest first."""
+        return list(self._ahead.get(instance, ()))
+
+    def oldest_ahead_s(self, instance: ExecutionInstance) -> float:
+        """When the oldest of those was sent; inf without any."""
+        there = self._ahead.get(instance)
+        return next(iter(there)).started_s if there else math.inf
 
     def closed(self, attempt: Attempt) -> None:
         """An attempt leaves its instance, however it ended."""

@@ -11,18 +11,20 @@ import asyncio
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from control_plane.admission import affordable, preferred
 from control_plane.errors import BudgetExhausted, ControlPlaneError, NoInstanceAvailable, RequestTimeout
 from control_plane.fleet import Fleet
-from control_plane.fleet.ahead import NOT_HELD, heard_of, learn
+from control_plane.fleet.ahead import LEAST_TOKENS, heard_of, learn
 from control_plane.job import Job, LaneKey
 from control_plane.live_state import LiveState, RequestFields
 from control_plane.pd_routing import PDRoutingStrategy
 from control_plane.pd_selection import PREFILLING
 from control_plane.policies import Decided, SchedulingPolicy, as_decided, decide
+from control_plane.pulling_back import Ahead
+from control_plane.pulling_back import found as pulled_back
 from control_plane.queue import RequestQueue, set_key
 from control_plane.router import RequestRouter
 from control_plane.types import (
@@ -39,11 +41,14 @@ _SCHEDULED: Final = RequestStatus.SCHEDULED
 _GENERAL: Final = ExecutionInstanceType.GENERAL
 Launch = Callable[[Job, Leg], None]
 Fail = Callable[[Job, ControlPlaneError], None]
+#: instances that are looked at for what could give way to an urgent request
+MOST_LOOKED_AT: Final = 64
 
 
 class Dispatcher:
     """Binds queue, fleet, policy, PD routing and router. ``launch(job, leg)`` runs a decision; ``fail(job, error)`` ends a job
-    whose own policy or router failed, or took longer than ``queue_timeout_s`` since the job's arrival."""
+    whose own policy or router failed, or took longer than ``queue_timeout_s`` since the job's arrival; ``ahead_on(instance)`` tells
+    what was sent there and has shown no token, oldest first, and ``pull_back(job)`` takes one of those into the queue again."""
 
     def __init__(
         self,
@@ -55,6 +60,8 @@ class Dispatcher:
         *,
         launch: Launch,
         fail: Fail,
+        ahead_on: Callable[[ExecutionInstance], Sequence[Ahead]],
+        pull_back: Callable[[Job], None],
         window: int = 64,
         queue_timeout_s: float = math.inf,
         finds_ahead: bool = True,
@@ -68,6 +75,8 @@ class Dispatcher:
         self.running = False
         self._launch = launch
         self._fail = fail
+        self._ahead_on = ahead_on
+        self._pull_back = pull_back
         self._queue_timeout_s = queue_timeout_s
         #: each instance's ``dispatch_ahead_ms`` follows what is seen there
         self._finds_ahead = finds_ahead
@@ -127,6 +136,8 @@ class Dispatcher:
                 self._serve_picked()
             else:
                 self._serve_lane(job.lane)
+                if job.queued and self._policy.pulls_back:
+                    self._pull_back_for(job)
 
     def room(self, instance: ExecutionInstance | None = None) -> None:
         """An instance may have room now (one request ended there, it came up, its cap grew). None: look at all lanes."""
@@ -146,16 +157,18 @@ class Dispatcher:
         for lane in lanes:
             self._serve_lane(lane)
 
-    def began(self, job: Job, instance: ExecutionInstance, sent_s: float) -> None:
-        """A first token of ``job`` came there, which was sent at ``sent_s``: the engine has room for the next prompt."""
+    def began(self, job: Job, instance: ExecutionInstance, sent_s: float, ready_s: float) -> None:
+        """A first token of ``job`` came there, which was sent at ``sent_s``: the engine has room for the next prompt. ``ready_s``: when
+        the oldest of those that had shown none until now was sent."""
         live: LiveState = instance
         now_s = self.fleet.now_s
         if len(self.queue):
             self.queue.began(job.lane, now_s - sent_s - job.prefill_ms / 1000.0)
             if self._finds_ahead:
-                learn(live, sent_s, now_s)
+                learn(live, ready_s, now_s, self.fleet.predictor.prefill_ms(instance, LEAST_TOKENS))
             self.room(instance)
-        live.held_since_s = now_s if len(self.queue) else NOT_HELD
+        live.began_s = now_s
+        live.held_back = bool(len(self.queue))
 
     def look_at_waiting(self) -> None:
         """What the engines told last of the requests that wait there. Looked at once a tick while requests wait here."""
@@ -166,6 +179,29 @@ class Dispatcher:
             stats, name = instance.engine, instance.instance_id
             heard[name] = heard_of(instance, stats.waiting, stats.at_s, seen.get(name, 0.0))
         self._heard_s = heard
+
+    def pull_back_for_heads(self) -> None:
+        """Whoever is next in a lane may have become urgent. Looked at once a tick."""
+        if self.running and self._policy.pulls_back:
+            for lane in self.queue.lanes:
+                head = self.queue.head(lane)
+                if head is not None:
+                    self._pull_back_for(head)
+
+    def _pull_back_for(self, job: Job) -> None:
+        """``job`` found no room: perhaps something that was sent ahead of it gives way."""
+        lane = job.lane
+        if self._picks_next or self._places_itself or self._selects_async or self.queue.head(lane) is not job:
+            return
+        places = [(instance, self._ahead_on(instance)) for instance in self.fleet.eligible(lane, MOST_LOOKED_AT)]
+        found = pulled_back(job, places, self.fleet.now_s, self.queue.wait_there_s(lane))
+        if found is None:
+            return
+        for given in found.jobs:
+            self._pull_back(given)
+        self._place(job, [found.instance])
+        if found.jobs:
+            self.room(found.instance)
 
     def room_soon(self) -> None:
         """Requests were cancelled. Looked at once those that are being cancelled together are gone: they should not be sent first."""

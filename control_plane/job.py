@@ -57,6 +57,7 @@ class Job:
         "phase",
         "predicted_ms",
         "prefill_ms",
+        "pulled_back",
         "queued",
         "relegated",
         "request",
@@ -107,6 +108,8 @@ class Job:
         self.state = _PENDING
         #: how often it was sent to an engine that it reached
         self.attempts = 0
+        #: how often it was taken back from an engine for a more urgent one
+        self.pulled_back = 0
         #: instances that it reached and that failed under it
         self.tried: frozenset[str] = frozenset()
         #: since when no engine could even be connected to; 0.0: not so

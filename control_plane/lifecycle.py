@@ -375,7 +375,19 @@ class RequestLifecycle:
 
     def attempt_began(self, attempt: Attempt) -> None:
         """Its first token is there: the engine has room for the next prompt."""
-        self.dispatcher.began(attempt.job, attempt.instance, attempt.started_s)
+        # an engine that orders by priority may have passed older ones, which were ready
+        ready_s = min(attempt.started_s, self._runner.oldest_ahead_s(attempt.instance))
+        self.dispatcher.began(attempt.job, attempt.instance, attempt.started_s, ready_s)
+
+    def pull_back(self, job: Job) -> None:
+        """Take a request, of which its client has seen nothing, from its engine into the queue again, for a more urgent one."""
+        attempt = self._attempts.pop(job.request_id)
+        attempt.cancel()
+        job.attempts -= 1
+        job.pulled_back += 1
+        job.state = _QUEUED
+        self._metrics.on_retried(job)
+        self.dispatcher.put_back(job)
 
     def attempt_finished(self, attempt: Attempt, outcome: EngineOutcome) -> None:
         """The executor reports a good end."""

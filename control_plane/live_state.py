@@ -34,7 +34,8 @@ class LiveState:
     ahead_requests: Any
     ahead_ms: Any
     dispatch_ahead_ms: Any
-    held_since_s: Any
+    began_s: Any
+    held_back: Any
     price_per_gpu_hour_usd: Any
     supported_request_types: Any
     url: Any
@@ -65,7 +66,8 @@ LIVE_FIELDS = (
     "ahead_requests",
     "ahead_ms",
     "dispatch_ahead_ms",
-    "held_since_s",
+    "began_s",
+    "held_back",
     "price_per_gpu_hour_usd",
     "supported_request_types",
     "url",

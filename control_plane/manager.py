@@ -190,6 +190,8 @@ class ControlPlaneManager:
             self.pd_router,
             launch=self.lifecycle.launch,
             fail=self.lifecycle.end_failed,
+            ahead_on=self.executor.attempts.ahead_on,
+            pull_back=self.lifecycle.pull_back,
             window=dispatch_window,
             queue_timeout_s=queue_timeout_s,
             finds_ahead=dispatch_ahead_ms is None,
@@ -424,6 +426,7 @@ class ControlPlaneManager:
             if self.scheduling_policy.relegates:
                 self._review_backlog(now_s)
             self._dispatcher.look_at_waiting()
+            self._dispatcher.pull_back_for_heads()
             self._instance_changed()
             self._violations.append(self.metrics.slo_violations)
             self._review_policy()

@@ -282,6 +282,11 @@ class RequestQueue:
         found = self._lanes.get(lane)
         return found.wait_s if found is not None else 0.0
 
+    def wait_there_s(self, lane: LaneKey) -> float:
+        """What requests of this lane wait at the engines, beyond their own prefill; a mean of those that began while others waited."""
+        found = self._paces.get(lane)
+        return found.there_s if found is not None else 0.0
+
     def head(self, lane: LaneKey) -> Job | None:
         """Who is next there: the smallest key, every RELEGATED_TURN-th time the first of the relegated."""
         found = self._lanes.get(lane)

@@ -402,8 +402,9 @@ class ExecutionInstance(LiveState):
     ahead_ms: float = 0.0
     #: predicted prefill that may be ahead here; found by whether the engine runs dry (written by the fleet)
     dispatch_ahead_ms: float = 500.0
-    #: monotonic seconds of the last first token after which requests were held back; inf: nobody was (written by the dispatcher)
-    held_since_s: float = math.inf
+    #: monotonic seconds of the last first token of a request here, and whether others were held back after it (written by the dispatcher)
+    began_s: float = -math.inf
+    held_back: bool = False
     #: in-flight cap learned from the engine (written by the fleet); None: none seen yet
     learned_concurrency: int | None = None
     #: runs ``--scheduling-policy priority``: the wire's integer priority is sent there

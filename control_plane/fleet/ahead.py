@@ -20,16 +20,16 @@ at the engine: ``concurrency.py``) bound them.
 
 from __future__ import annotations
 
-import math
 from typing import Final
 
 from control_plane.live_state import LiveState
 
 #: requests that may be ahead whatever is predicted of them
 READY: Final = 2
-#: where it begins: two or three steps of a full token budget on the usual GPUs
+#: where it begins
 START_MS: Final = 500.0
-LEAST_MS: Final = 25.0
+#: it does not shrink below the prefill of so many tokens: a step of few tokens costs its fixed part all the same
+LEAST_TOKENS: Final = 4096
 MOST_MS: Final = 60_000.0
 GROW: Final = 1.25
 SHRINK: Final = 0.998
@@ -56,14 +56,14 @@ def takes_more(instance: LiveState) -> bool:
     return found
 
 
-def learn(instance: LiveState, sent_s: float, now_s: float) -> None:
-    """A first token came, of a request that was sent at ``sent_s``, and requests wait. ``held_since_s`` is when requests were last held
-    back there after a first token."""
-    held_s: float = instance.held_since_s
-    if held_s >= now_s:
-        return  # the same round, or nobody was held back
+def learn(instance: LiveState, sent_s: float, now_s: float, least_ms: float) -> None:
+    """A first token came at ``now_s``; the oldest request that was there without one until then was sent at ``sent_s``. ``least_ms``: the
+    prefill of LEAST_TOKENS there."""
+    before_s: float = instance.began_s
+    if not instance.held_back or before_s >= now_s:
+        return  # nobody could have been sent, or it is the same round
     limit_ms: float = instance.dispatch_ahead_ms
-    instance.dispatch_ahead_ms = min(MOST_MS, limit_ms * GROW) if sent_s >= held_s else max(LEAST_MS, limit_ms * SHRINK)
+    instance.dispatch_ahead_ms = min(MOST_MS, limit_ms * GROW) if sent_s >= before_s else max(min(least_ms, limit_ms), limit_ms * SHRINK)
 
 
 def heard_of(instance: LiveState, waiting: int, at_s: float, seen_s: float) -> float:
@@ -72,9 +72,6 @@ def heard_of(instance: LiveState, waiting: int, at_s: float, seen_s: float) -> f
     if at_s <= seen_s:
         return seen_s
     # it answered after the last round: a round of its own may have begun since then, and what it says is of a moment with nothing ready
-    if waiting == 0 and instance.held_since_s < at_s and not takes_more(instance):
+    if waiting == 0 and instance.held_back and instance.began_s < at_s and not takes_more(instance):
         instance.dispatch_ahead_ms = min(MOST_MS, instance.dispatch_ahead_ms * GROW)
     return at_s
-
-
-NOT_HELD: Final = math.inf

@@ -45,9 +45,8 @@ class AdaptivePolicy(SchedulingPolicy):
 
     def __init__(self, settings: AdaptiveSettings | None = None) -> None:
         self.settings = settings if settings is not None else AdaptiveSettings()
-        self._policies: dict[str, SchedulingPolicy] = {
-            p.name: p for p in (SLOAwarePolicy(), PriorityPolicy(), CostOptimizedPolicy(), FairSharePolicy())
-        }
+        ours = (SLOAwarePolicy(), PriorityPolicy(), CostOptimizedPolicy(), FairSharePolicy())
+        self._policies: dict[str, SchedulingPolicy] = {policy.name: policy for policy in ours}
         self._active = self._policies[SLOAwarePolicy.name]
         self.relegates = self._active.relegates
         self._since_s: float | None = None
@@ -61,6 +60,10 @@ class AdaptivePolicy(SchedulingPolicy):
 
     def key(self, request: RequestMetadata, arrival_s: float, view: FleetView) -> float:
         return self._active.key(request, arrival_s, view)
+
+    @property
+    def pulls_back(self) -> bool:  # type: ignore[override]
+        return self._active.pulls_back
 
     @property
     def accounts(self) -> bool:  # type: ignore[override]

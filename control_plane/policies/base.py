@@ -39,6 +39,8 @@ class SchedulingPolicy:
     name: str = ""
     #: requests whose latest start has passed go behind the others
     relegates: bool = False
+    #: what was sent ahead and has shown nothing yet may be taken back for a more urgent request that this policy puts before it
+    pulls_back: bool = False
     #: it keeps accounts: it is told of what was accepted, started and ended
     accounts: bool = False
     view_of: ViewOf | None = None

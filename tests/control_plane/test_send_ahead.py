@@ -10,7 +10,7 @@ from scripted_engine import ScriptedCall
 from scripted_world import Make, World
 
 from control_plane import ControlPlaneManager, ExecutionInstance, RequestMetadata
-from control_plane.fleet.ahead import LEAST_MS, MOST_MS, READY, count_ahead, count_begun, heard_of, learn, takes_more
+from control_plane.fleet.ahead import MOST_MS, READY, count_ahead, count_begun, heard_of, learn, takes_more
 from control_plane.simulator.fleet_spec import parse_fleet
 from control_plane.simulator.rows import row_of
 from control_plane.simulator.run import simulate
@@ -39,20 +39,20 @@ def test_two_are_always_allowed_and_more_up_to_the_limit() -> None:
 
 def test_an_engine_that_ran_dry_gets_more_and_one_that_did_not_gets_less() -> None:
     instance = ExecutionInstance("a", dispatch_ahead_ms=100.0)
-    learn(instance, sent_s=1.0, now_s=2.0)
+    learn(instance, sent_s=1.0, now_s=2.0, least_ms=50.0)
     assert instance.dispatch_ahead_ms == 100.0, "nobody was held back"
-    instance.held_since_s = 2.0
-    learn(instance, sent_s=2.0, now_s=2.0)
+    instance.held_back, instance.began_s = True, 2.0
+    learn(instance, sent_s=2.0, now_s=2.0, least_ms=50.0)
     assert instance.dispatch_ahead_ms == 100.0, "the same round"
-    learn(instance, sent_s=2.001, now_s=2.5)
+    learn(instance, sent_s=2.001, now_s=2.5, least_ms=50.0)
     assert instance.dispatch_ahead_ms == 125.0, "nothing was ready at 2.0"
-    learn(instance, sent_s=1.9, now_s=2.5)
+    learn(instance, sent_s=1.9, now_s=2.5, least_ms=50.0)
     assert 124.0 < instance.dispatch_ahead_ms < 125.0
     for now_s in range(3, 10_000):
-        learn(instance, sent_s=1.9, now_s=float(now_s))
-    assert instance.dispatch_ahead_ms == LEAST_MS
+        learn(instance, sent_s=1.9, now_s=float(now_s), least_ms=50.0)
+    assert instance.dispatch_ahead_ms == 50.0
     for now_s in range(3, 200):
-        learn(instance, sent_s=5.0, now_s=float(now_s))
+        learn(instance, sent_s=5.0, now_s=float(now_s), least_ms=50.0)
     assert instance.dispatch_ahead_ms == MOST_MS
 
 
@@ -62,7 +62,7 @@ def test_an_engine_that_says_that_nobody_waits_there_gets_more_once_each_time_it
     assert instance.dispatch_ahead_ms == 100.0, "nobody was held back"
     count_ahead(instance, 60.0)
     count_ahead(instance, 60.0)
-    instance.held_since_s = 4.0
+    instance.held_back, instance.began_s = True, 4.0
     assert heard_of(instance, 3, 5.0, 0.0) == 5.0
     assert instance.dispatch_ahead_ms == 100.0, "some do"
     assert heard_of(instance, 0, 6.0, 5.0) == 6.0
