@@ -261,13 +261,18 @@ class RequestLifecycle:
             fields.model_name = lane.model
         self._estimate_input(job)
         if fields.cost_budget is not None or fields.when_late == "reject":
-            # what waits ahead in its lane, at the pace of the requests started there lately
-            wait_ms = 0.0 if room else self.queue.present_wait_s(lane) * 1000.0
+            wait_ms = 0.0 if room else self._wait_ms(job)
             admit(request, self._fleet.eligible(lane), self._fleet, wait_ms)
         if not job.wire.path:
             job.wire = build_wire(request, lane.kind, lane.model, stream=job.wire.stream)
         set_key(job, self.dispatcher.policy, self._fleet)
         return room
+
+    def _wait_ms(self, job: Job) -> float:
+        """What it would wait in the queue behind those that its policy puts before it."""
+        policy, view = self.dispatcher.policy, self._fleet
+        set_key(job, policy, view)
+        return 1000.0 * self.queue.wait_ahead_s(job.lane, job.key, policy.work_ms(job.request, view) if policy.relegates else 0.0)
 
     def _check_kind(self, lane: LaneKey) -> None:
         """Raises InvalidRequest for a model of which no instance takes this kind."""

@@ -34,6 +34,8 @@ MAX_RETRY_AFTER_S = 60.0
 #: waiting requests of a lane that a review goes through, in their order
 MAX_REVIEWED = 2048
 MAX_PACES = 1024
+#: waiting requests of a lane that are looked at to find how many go before a newcomer
+WAIT_SAMPLE = 256
 
 #: (key, seq, entry number, job); the number is unique, so jobs are never compared
 _Entry = tuple[float, int, int, Job]
@@ -286,6 +288,25 @@ class RequestQueue:
         """What requests of this lane wait at the engines, beyond their own prefill; a mean of those that began while others waited."""
         found = self._paces.get(lane)
         return found.there_s if found is not None else 0.0
+
+    def wait_ahead_s(self, lane: LaneKey, key: float, work_ms: float = 0.0) -> float:
+        """How long a request with this key would wait here, behind those that go before it: their share of a sample of WAIT_SAMPLE of
+        the lane, at the lane's pace. Where no pace is known yet, the mean wait of those that started lately."""
+        found = self._lanes.get(lane)
+        if found is None:
+            return 0.0
+        main = found.main
+        step = max(1, len(main) // WAIT_SAMPLE)
+        sample = [entry for entry in main[::step] if self._numbers.get(entry[3]) == entry[2]]
+        before = [entry[3] for entry in sample if entry[0] <= key]
+        pace = found.pace.work_ms_per_s
+        if not pace:
+            return found.wait_s * (len(before) / len(sample)) if sample else 0.0
+        if not before:
+            return 0.0
+        known = [job.work_ms for job in before if job.work_ms]
+        mean_ms = sum(known) / len(known) if known else work_ms
+        return (found.live - found.live_late) * (len(before) / len(sample)) * mean_ms / pace
 
     def head(self, lane: LaneKey) -> Job | None:
         """Who is next there: the smallest key, every RELEGATED_TURN-th time the first of the relegated."""

@@ -8,7 +8,9 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scripted_world import Make
 
+from control_plane.errors import DeadlineUnreachable
 from control_plane.feasible import CLASS_WORTH, Pace, left_out
 from control_plane.job import Job, LaneKey
 from control_plane.policies import SLOAwarePolicy
@@ -163,3 +165,43 @@ def test_without_a_pace_only_what_is_late_is_relegated() -> None:
     assert world.queue.review(world.policy, world.view)[0] >= 1
     assert late.relegated
     assert world.queue.jobs()[-1] in (late, fits)
+
+
+def test_the_wait_of_a_newcomer_is_that_of_those_that_go_before_it() -> None:
+    world = Clocked()
+    for n in range(8):
+        world.ask(f"early{n}", 100.0)
+    world.serve(3.0)
+    assert world.queue.wait_ahead_s(LANE, key=math.inf) == pytest.approx(5.0), "five at one a second"
+    assert world.queue.wait_ahead_s(LANE, key=-1.0) == 0.0
+    for n in range(5):
+        world.ask(f"later{n}", 200.0)
+    assert world.queue.wait_ahead_s(LANE, key=150.0) == pytest.approx(5.0)
+    assert world.queue.wait_ahead_s(LANE, key=math.inf) == pytest.approx(10.0)
+    assert world.queue.wait_ahead_s(LaneKey("other", RequestKind.CHAT), key=math.inf) == 0.0
+
+
+def test_a_long_lane_is_sampled() -> None:
+    world = Clocked()
+    for n in range(4000):
+        world.ask(f"r{n}", 100.0 + 0.04 * n)
+    world.queue._lanes[LANE].pace.work_ms_per_s = 1000.0
+    keys = sorted(job.key for job in world.queue.jobs())
+    assert world.queue.wait_ahead_s(LANE, key=keys[1000]) == pytest.approx(1000.0, rel=0.15)
+
+
+async def test_with_reject_a_deadline_is_refused_by_what_goes_before_it(make: Make) -> None:
+    """Behind a backlog of normal requests a normal one cannot make it and is told so, with a time to come back; a critical one can."""
+    world = make("", scheduling_policy="priority")
+    world.add("a", max_concurrent_requests=1)
+    await world.manager.start()
+    for n in range(6):
+        await world.submit(f"r{n}")
+    for lane in world.manager.queue.lanes:
+        world.manager.queue._lanes[lane].wait_s = 300.0  # what those that started lately waited
+    with pytest.raises(DeadlineUnreachable, match="waiting requests") as refused:
+        await world.submit("normal", slo_deadline_ms=60_000.0, max_tokens=5, when_late="reject")
+    assert (refused.value.code, refused.value.retry_after_s) == ("deadline_unreachable", 60.0)
+    assert await world.submit("served late", slo_deadline_ms=60_000.0, max_tokens=5)
+    assert await world.submit("critical", slo_deadline_ms=60_000.0, max_tokens=5, when_late="reject", priority="critical")
+    assert world.manager.queued_requests == 7
