@@ -19,7 +19,7 @@ _RUNNING: Final = RequestStatus.RUNNING
 
 
 class AttemptListener(Protocol):
-    """Who started an attempt and hears of its first token, where it shows one, and of its end, once."""
+    """Who started an attempt and hears when its stream begins, and of its end, once."""
 
     def attempt_began(self, attempt: Attempt) -> None: ...
     def attempt_finished(self, attempt: Attempt, outcome: EngineOutcome) -> None: ...
@@ -73,6 +73,9 @@ class Attempt:
         if not job.wire.body:
             job.let_go_of_body()  # as the engine has: it is not sent again
         job.sink.started(status, headers, call)
+        if self.ahead:  # a stream's head is held until its first event
+            self._attempts.begun(self)
+            self._listener.attempt_began(self)
 
     def tokens(self, n: int, first_s: float, last_s: float) -> None:
         job = self.job
@@ -81,9 +84,6 @@ class Attempt:
         job.last_token_s = last_s
         job.output_tokens += n
         job.sink.tokens(n, first_s, last_s)
-        if self.ahead:
-            self._attempts.begun(self)
-            self._listener.attempt_began(self)
 
     def finished(self, outcome: EngineOutcome) -> None:
         if self._settle():

@@ -17,7 +17,7 @@ from typing import Final
 from control_plane.admission import affordable, preferred
 from control_plane.errors import BudgetExhausted, ControlPlaneError, NoInstanceAvailable, RequestTimeout
 from control_plane.fleet import Fleet
-from control_plane.fleet.ahead import LEAST_TOKENS, heard_of, learn
+from control_plane.fleet.ahead import LEAST_TOKENS, heard_of, in_the_way, learn
 from control_plane.job import Job, LaneKey
 from control_plane.live_state import LiveState, RequestFields
 from control_plane.pd_routing import PDRoutingStrategy
@@ -201,6 +201,8 @@ class Dispatcher:
             self._pull_back(given)
         self._place(job, [found.instance])
         if found.jobs:
+            if self._finds_ahead:
+                in_the_way(found.instance, self.fleet.predictor.prefill_ms(found.instance, LEAST_TOKENS))
             self.room(found.instance)
 
     def room_soon(self) -> None:

@@ -58,7 +58,7 @@ class ControlPlaneManager:
     Constructing it needs no running event loop; :meth:`start` does. All calls belong to one loop and thread.
 
     Args:
-        scheduling_policy: a name (fifo, priority, slo_aware, cost_optimized, adaptive), ``"module:Class"``, or an object.
+        scheduling_policy: a name (fifo, priority, slo_aware, cost_optimized, fair_share, adaptive), ``"module:Class"``, or an object.
         routing_strategy: a name (load_balanced, round_robin, random, power_of_two, least_response_time, affinity, locality),
             ``"module:Class"``, or an object.
         enable_pd_separation: prefer specialised instances by a request's phase; off too when ``pd_config.enabled`` is False.

@@ -33,6 +33,9 @@ LEAST_TOKENS: Final = 4096
 MOST_MS: Final = 60_000.0
 GROW: Final = 1.25
 SHRINK: Final = 0.998
+#: where urgent ones come: shrinks by so much each time, to so much of that
+YIELD: Final = 0.9
+WAY: Final = 0.25
 
 
 def count_ahead(instance: LiveState, prefill_ms: float) -> None:
@@ -64,6 +67,12 @@ def learn(instance: LiveState, sent_s: float, now_s: float, least_ms: float) -> 
         return  # nobody could have been sent, or it is the same round
     limit_ms: float = instance.dispatch_ahead_ms
     instance.dispatch_ahead_ms = min(MOST_MS, limit_ms * GROW) if sent_s >= before_s else max(min(least_ms, limit_ms), limit_ms * SHRINK)
+
+
+def in_the_way(instance: LiveState, least_ms: float) -> None:
+    """What was sent ahead had to be taken back for a more urgent request: less is sent from now on, while such ones come."""
+    limit_ms: float = instance.dispatch_ahead_ms
+    instance.dispatch_ahead_ms = max(min(least_ms * WAY, limit_ms), limit_ms * YIELD)
 
 
 def heard_of(instance: LiveState, waiting: int, at_s: float, seen_s: float) -> float:
