@@ -23,7 +23,7 @@ from control_plane.view import NoPrefixes
 
 MAX_QUEUED_REQUESTS = 10_000
 MAX_QUEUED_BYTES = 1 << 30
-#: while both wait, one of so many starts of a lane is a relegated request, so that none of them starves
+#: while both wait, one part in so many of what a lane starts, by predicted work, are relegated requests, so that none of them starves
 RELEGATED_TURN = 16
 #: weight of one start in a lane's mean wait
 WAIT_WEIGHT = 0.1
@@ -116,7 +116,7 @@ def relative_slack_s(job: Job, now_s: float, present_wait_s: float, patience: fl
 
 
 class _Lane:
-    __slots__ = ("key", "late", "live", "live_late", "main", "pace", "since_late", "wait_s")
+    __slots__ = ("key", "late", "live", "live_late", "main", "pace", "since_late_ms", "wait_s")
 
     def __init__(self, key: LaneKey, pace: Pace) -> None:
         self.key = key
@@ -125,14 +125,10 @@ class _Lane:
         self.late: list[_Entry] = []
         self.live = 0
         self.live_late = 0
-        #: starts since the last relegated one
-        self.since_late = 0
+        #: work that started since the last relegated one
+        self.since_late_ms = 0.0
         #: mean wait of the requests started lately
         self.wait_s = 0.0
-
-    @property
-    def late_has_turn(self) -> bool:
-        return self.live_late > 0 and (self.live == self.live_late or self.since_late >= RELEGATED_TURN - 1)
 
 
 class RequestQueue:
@@ -198,7 +194,7 @@ class RequestQueue:
     def pop(self, job: Job, now_s: float | None = None) -> Job:
         """Take a job out to start it now: its wait counts towards the lane's present wait, its turn towards the relegated."""
         lane = self._lanes[job.lane]
-        lane.since_late = 0 if job.relegated else lane.since_late + 1
+        lane.since_late_ms = 0.0 if job.relegated else lane.since_late_ms + (job.work_ms or 1.0)
         lane.pace.started(job.work_ms)
         if now_s is not None:
             lane.wait_s += WAIT_WEIGHT * (now_s - job.arrival_s - lane.wait_s)
@@ -309,18 +305,24 @@ class RequestQueue:
         return (found.live - found.live_late) * (len(before) / len(sample)) * mean_ms / pace
 
     def head(self, lane: LaneKey) -> Job | None:
-        """Who is next there: the smallest key, every RELEGATED_TURN-th time the first of the relegated."""
+        """Who is next there: the smallest key; the first of the relegated once RELEGATED_TURN - 1 times its work has started before it."""
         found = self._lanes.get(lane)
-        return None if found is None else self._top(found.late if found.late_has_turn else found.main)
+        return None if found is None else self._top(found.late if self._late_has_turn(found) else found.main)
 
     def window(self, lane: LaneKey, n: int) -> list[Job]:
         """The first ``n`` waiting jobs of a lane in the order of starting."""
         found = self._lanes.get(lane)
         if found is None or n < 1:
             return []
-        heaps = (found.late, found.main) if found.late_has_turn else (found.main, found.late)
+        heaps = (found.late, found.main) if self._late_has_turn(found) else (found.main, found.late)
         jobs = self._first(heaps[0], n)
         return jobs if len(jobs) >= n else jobs + self._first(heaps[1], n - len(jobs))
+
+    def _late_has_turn(self, lane: _Lane) -> bool:
+        if not lane.live_late or lane.live == lane.live_late:
+            return lane.live_late > 0
+        first = self._top(lane.late)
+        return first is not None and lane.since_late_ms >= (RELEGATED_TURN - 1) * (first.work_ms or 1.0)
 
     def _top(self, heap: list[_Entry]) -> Job | None:
         numbers = self._numbers
@@ -357,7 +359,7 @@ class RequestQueue:
         passed whose slack is used up. A window of 1 is the strict order, and so is a fleet of which no cached prefix is known.
         """
         found = self._lanes.get(lane)
-        if found is None or window <= 1 or found.live <= 1 or found.late_has_turn or isinstance(view.prefixes, NoPrefixes):
+        if found is None or window <= 1 or found.live <= 1 or self._late_has_turn(found) or isinstance(view.prefixes, NoPrefixes):
             return self.head(lane)
         return _best_of(self.window(lane, window), found.wait_s, policy, instance, view)
 
@@ -385,7 +387,7 @@ class RequestQueue:
             heapq.heappush(self._due, (job.latest_start_s, fresh, job))
             return
         if not lane.live_late:
-            lane.since_late = 0
+            lane.since_late_ms = 0.0
         job.relegated = True
         lane.live_late += 1
         heapq.heappush(lane.late, entry)
@@ -402,7 +404,10 @@ class RequestQueue:
         if not self._numbers:
             return 0, 0
         now_s = view.now_s
-        moved, restored = len(self.relegate_due(now_s)), 0
+        due = self.relegate_due(now_s)
+        for job in due:
+            job.work_ms = job.work_ms or policy.work_ms(job.request, view)
+        moved, restored = len(due), 0
         for lane in list(self._lanes.values()):
             pace = lane.pace
             pace.look(now_s)
@@ -411,8 +416,7 @@ class RequestQueue:
             jobs = [job for job in self._first(lane.late, MAX_REVIEWED) if job.latest_start_s > now_s + pace.there_s]
             jobs = sorted(self._first(lane.main, MAX_REVIEWED) + jobs, key=_in_order)[:MAX_REVIEWED]
             for job in jobs:
-                if not job.work_ms:
-                    job.work_ms = policy.work_ms(job.request, view)
+                job.work_ms = job.work_ms or policy.work_ms(job.request, view)
             out = left_out(
                 [job.work_ms for job in jobs],
                 [job.latest_start_s - now_s - pace.there_s for job in jobs],
@@ -436,7 +440,7 @@ class RequestQueue:
         fresh = _all_ordered_by(list(self._numbers), policy, view)
         self.order += 1
         for lane in self._lanes.values():
-            lane.main, lane.late, lane.live_late, lane.since_late = [], [], 0, 0
+            lane.main, lane.late, lane.live_late, lane.since_late_ms = [], [], 0, 0.0
         for job, key, latest_start_s in fresh:
             job.key, job.latest_start_s, job.relegated, job.order = key, latest_start_s, False, self.order
             self._lanes[job.lane].main.append((key, job.seq, self._numbers[job], job))
