@@ -8,6 +8,7 @@
 #   make test-browser  runs the tests of the pages it makes in a real browser: one that is there, or one that it installs
 #   make fuzz        any bytes against the server, the client's side and the reading of bodies, FUZZ_SECONDS each (300)
 #   make bench       what relaying costs, beside a bare relay, nginx and vllm-router (installs the last into an environment of its own)
+#   make peers       routers over the same simulated fleet, over HTTP: ours, vllm-router, sglang-router, nginx; an hour on two cores that do nothing else
 #   make calibration   calibrates a real vLLM (CPU) and replays work on it and on its model; half an hour on two cores that do nothing else
 #   make check       ruff, mypy and the layers contract
 #   make wheel       builds the wheel, installs it into an environment of its own and tries it
@@ -20,7 +21,7 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-pure compile test-real browser test-browser fuzz bench calibration check wheel clean
+.PHONY: help demo test test-pure compile test-real browser test-browser fuzz bench peers calibration check wheel clean
 
 help:
 	@sed -n '3,$$ { /^#   /!q; s/^#   //p }' $(firstword $(MAKEFILE_LIST))
@@ -99,6 +100,27 @@ bench: $(VENV)/.installed-dev $(BENCH_VENV)/.made
 	@command -v nginx /usr/sbin/nginx >/dev/null || { echo "make: nginx is missing (apt-get install nginx-light)" >&2; exit 1; }
 	VLLM_ROUTER=$(abspath $(BENCH_VENV))/bin/vllm-router $(BIN)/python benchmarks/gateway.py --json build/bench/gateway.json $(BENCH_ARGS)
 	$(BIN)/python benchmarks/decision.py
+
+SGLANG_VENV := build/sglang-venv
+$(SGLANG_VENV)/.made:
+	@$(PYTHON) -m venv $(SGLANG_VENV)
+	@$(SGLANG_VENV)/bin/python -m pip --disable-pip-version-check --quiet install sglang-router==0.3.2
+	@touch $@
+
+# The two tables of docs/PEERS_MEASURED.md, row by row: what was interrupted goes on where it was.
+PEERS := VLLM_ROUTER=$(abspath $(BENCH_VENV))/bin/vllm-router SGLANG_ROUTER_PYTHON=$(abspath $(SGLANG_VENV))/bin/python $(BIN)/python benchmarks/peers.py
+peers: $(VENV)/.installed-dev $(BENCH_VENV)/.made $(SGLANG_VENV)/.made
+	@$(COMPILE_CHANGED)
+	@command -v nginx /usr/sbin/nginx >/dev/null || { echo "make: nginx is missing (apt-get install nginx-light)" >&2; exit 1; }
+	@mkdir -p build/bench
+	$(PEERS) --trace sessions --fleet 8xa100x2-qwen3-32b --rate 10rps --speed 2 --agree \
+	  --slo "interactive=ttft:3000,tpot:75,share:0.8;batch=ttft:30000,tpot:200,share:0.2,priority:low" \
+	  --ours adaptive+load_balanced,adaptive+affinity \
+	  --resume build/bench/peers-sessions.jsonl --json build/bench/peers-sessions.json $(PEERS_ARGS)
+	$(PEERS) --trace azure_conv --fleet 8xl40sx2-qwen3-32b --rate 9.2rps --speed 2 --agree \
+	  --slo "interactive=ttft:3000,tpot:120,share:0.8;batch=ttft:30000,tpot:300,share:0.2,priority:low" \
+	  --peers nginx:least_conn,vllm-router:round_robin,vllm-router:power_of_two,vllm-router:cache_aware,sglang-router:power_of_two,sglang-router:cache_aware \
+	  --resume build/bench/peers-azure.jsonl --json build/bench/peers-azure.json $(PEERS_ARGS)
 
 calibration: $(VENV)/.installed-test
 	@$(COMPILE_CHANGED)

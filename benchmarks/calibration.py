@@ -166,10 +166,10 @@ def replaying(asks: list[replays.Ask]) -> Work[list[Stream]]:
     return lambda load: replays.replay(load, asks, behaviours.POOL, time.time_ns())
 
 
-def saturation_rps(model: Model) -> float:
+def saturation_rps(model: Model, **sizes: Any) -> float:
     """Requests a second of the azure mix that the model finishes when it never waits for one."""
     asks = [replace(ask, at_s=0.0) for ask in replays.poisson(10.0, 40.0, 99)]
-    streams = model.run(replaying(asks))
+    streams = model.run(replaying(asks), **sizes)
     return len(asks) / max(stream.ended_s for stream in streams)
 
 
@@ -299,44 +299,53 @@ class Arm:
 
 
 def check_settings(out: Path, model: Model, repeats: int, duration_s: float, report: Report) -> None:
+    """Each setting beside the calibrated one, run in turn on two servers that are both up: what drifts meets both."""
     full_rps = saturation_rps(model)
     usual = ("--max-num-seqs", str(SEQS))
     base = Arm("as calibrated", usual, {})
-    arms = [
-        base,
-        Arm("priority", (*usual, "--scheduling-policy", "priority"), {"scheduling": "priority"}),
-        Arm("4 sequences", ("--max-num-seqs", "4"), {"max_num_seqs": 4}),
-        Arm("budget 256", (*usual, "--max-num-batched-tokens", "256"), {"max_num_batched_tokens": 256}),
-        Arm("no prefix cache", (*usual, "--no-enable-prefix-caching"), {"caching": False}),
+    half_s = duration_s / 2
+    pairs = [
+        (
+            Arm("priority", (*usual, "--scheduling-policy", "priority"), {"scheduling": "priority"}),
+            "two classes, 120%",
+            replays.two_classes(1.2 * full_rps, half_s, 20),
+        ),
+        (
+            Arm("4 sequences", ("--max-num-seqs", "4"), {"max_num_seqs": 4}),
+            "two classes, 60%",
+            replays.two_classes(0.6 * full_rps, half_s, 21),
+        ),
+        (
+            Arm("budget 256", (*usual, "--max-num-batched-tokens", "256"), {"max_num_batched_tokens": 256}),
+            "two classes, 80%",
+            replays.two_classes(0.8 * full_rps, half_s, 22),
+        ),
+        (
+            Arm("no prefix cache", (*usual, "--no-enable-prefix-caching"), {"caching": False}),
+            "conversations, 50%",
+            replays.sessions(0.5 * full_rps, half_s, 23),
+        ),
     ]
-    classes = replays.two_classes(1.1 * full_rps, duration_s / 2, 20)
-    talk = replays.sessions(0.8 * full_rps, duration_s / 2, 21)
-    pairs = [(base, arms[1], "two classes", classes), (base, arms[2], "two classes", classes), (base, arms[3], "two classes", classes)]
-    pairs.append((base, arms[4], "conversations", talk))
-    wanted: dict[tuple[str, str], tuple[Arm, list[replays.Ask]]] = {}
-    for one, other, name, asks in pairs:
-        wanted[one.name, name], wanted[other.name, name] = (one, asks), (other, asks)
-    real: dict[tuple[str, str], list[dict[str, float]]] = {}
-    modelled: dict[tuple[str, str], dict[str, float]] = {}
-    for arm in arms:
-        here = {key: asks for key, (of, asks) in wanted.items() if of is arm}
-        with real_engine(out, arm.name.replace(" ", "_"), *arm.flags) as server:
-            on_real(server.url, replaying(replays.poisson(4.0, 5.0, 5)))
-            for _ in range(repeats):
-                for key, asks in here.items():
-                    real.setdefault(key, []).append(_by_class(asks, on_real(server.url, replaying(asks))))
-                    say(f"{key}: " + ", ".join(f"{name} {value:.0f}" for name, value in real[key][-1].items()))
-        for key, asks in here.items():
-            modelled[key] = _by_class(asks, model.run(replaying(asks), **arm.model))
-    for one, other, name, _ in pairs:
-        report.settings += _ordered(one.name, other.name, name, real, modelled)
+    with real_engine(out, "base", *base.flags) as first:
+        for other, name, asks in pairs:
+            real: dict[tuple[str, str], list[dict[str, float]]] = {}
+            with real_engine(out, other.name.replace(" ", "_"), *other.flags) as second:
+                for server in (first, second):
+                    on_real(server.url, replaying(replays.poisson(4.0, 5.0, 5)))
+                for _ in range(repeats):
+                    for arm, server in ((base, first), (other, second)):
+                        real.setdefault((arm.name, name), []).append(_by_class(asks, on_real(server.url, replaying(asks))))
+                        told = real[arm.name, name][-1]
+                        say(f"{arm.name}, {name}: " + ", ".join(f"{metric} {value:.0f}" for metric, value in told.items()))
+            modelled = {(arm.name, name): _by_class(asks, model.run(replaying(asks), **arm.model)) for arm in (base, other)}
+            report.settings += _ordered(base.name, other.name, name, real, modelled)
 
 
 def check_policies(out: Path, path: Path, model: Model, repeats: int, duration_s: float, report: Report) -> None:
     """The control plane's own policies: the gateway before the real engine, the simulator over the calibrated one."""
     seqs = 8
-    # nearly what 32 sequences carry: beyond what 8 do
-    asks = replays.two_classes(0.9 * saturation_rps(model), duration_s / 2, 30)
+    # more than the 8 carry
+    asks = replays.two_classes(1.1 * saturation_rps(model, max_num_seqs=seqs), duration_s / 2, 30)
     policies = ("fifo", "priority", "adaptive")
     real: dict[tuple[str, str], list[dict[str, float]]] = {}
     modelled: dict[tuple[str, str], dict[str, float]] = {}
@@ -344,9 +353,7 @@ def check_policies(out: Path, path: Path, model: Model, repeats: int, duration_s
         on_real(server.url, replaying(replays.poisson(4.0, 5.0, 5)))
         for _ in range(repeats):
             for policy in policies:
-                with gateway_replay.gateway(server.url, policy, out / f"gateway_{policy}.log", OTHERS_CORE) as url:
-                    # it finds out how much the engine takes at once before it is judged
-                    on_real(url, replaying(replays.poisson(20.0, 4.0, 6)))
+                with gateway_replay.gateway(server.url, policy, seqs, out / f"gateway_{policy}", OTHERS_CORE) as url:
                     streams = on_real(url, replaying(asks))
                 real.setdefault((policy, "two classes"), []).append(_by_class(asks, streams))
                 say(f"{policy}: " + ", ".join(f"{name} {value:.0f}" for name, value in real[policy, "two classes"][-1].items()))

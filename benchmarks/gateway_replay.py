@@ -16,7 +16,7 @@ import replays
 
 from control_plane.profile_file import load as load_profile_file
 from control_plane.simulator.fleet_spec import parse_fleet
-from control_plane.simulator.run import simulate
+from control_plane.simulator.run import Simulation
 from control_plane.simulator.scenario import Arm, Scenario
 from control_plane.simulator.slo import parse_slo
 from control_plane.simulator.workload import TraceRequest, Workload
@@ -26,9 +26,11 @@ SLO = "urgent=ttft:100000,priority:high;normal=ttft:100000,priority:low"
 
 
 @contextmanager
-def gateway(engine: str, policy: str, log: Path, core: int) -> Iterator[str]:
-    """`control-plane serve` on that core, ready; yields its URL."""
-    command = [sys.executable, "-m", "control_plane.cli", "serve", "--port", "0", "--engine", engine, "--scheduling-policy", policy]
+def gateway(engine: str, policy: str, at_once: int, files: Path, core: int) -> Iterator[str]:
+    """`control-plane serve` on that core, ready, with at most so many requests at the engine; yields its URL."""
+    config, log = files.with_suffix(".yaml"), files.with_suffix(".log")
+    config.write_text(f"scheduling_policy: {policy}\ninstances:\n  - {{url: '{engine}', max_concurrent_requests: {at_once}}}\n")
+    command = [sys.executable, "-m", "control_plane.cli", "serve", "--port", "0", "--config", str(config)]
     with log.open("wb") as errors:
         process = subprocess.Popen(
             ["taskset", "-c", str(core), *command, "--no-access-log"], stdout=subprocess.PIPE, stderr=errors, text=True
@@ -61,7 +63,10 @@ def simulated(profile: Path, asks: Sequence[replays.Ask], policy: str, max_num_s
     scenario = Scenario(
         parse_fleet(f"1x{os.fspath(narrow)}"), Workload("two classes", requests), slo=parse_slo(SLO), delay_s=0.0, jitter=0.0
     )
-    out = simulate(scenario, Arm(policy, "load_balanced")).outcomes
+    run = Simulation(scenario, Arm(policy, "load_balanced"))
+    for instance in run.manager.get_instances():
+        instance.max_concurrent_requests = max_num_seqs
+    out = run.run().outcomes
     rows = range(len(asks))
     tpot = [out.tpot_ms(row) for row in rows if out.output_tokens[row] > 1]
     return by_class(asks, [out.ttft_ms(row) for row in rows], tpot, [out.e2e_ms(row) for row in rows])

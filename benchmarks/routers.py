@@ -14,7 +14,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +77,21 @@ def on_core(core: int, command: list[str]) -> list[str]:
     return ["taskset", "-c", str(core), *command]
 
 
+def family(pid: int) -> list[int]:
+    """A process and all its children."""
+    found, at = [pid], 0
+    while at < len(found):
+        for task in Path(f"/proc/{found[at]}/task").glob("*/children"):
+            found += [int(child) for child in task.read_text().split()]
+        at += 1
+    return found
+
+
+def cpu_ns(pid: int) -> int:
+    """Time on a CPU of all threads of a process and its children since their start."""
+    return sum(int(stat.read_text().split()[0]) for one in family(pid) for stat in Path(f"/proc/{one}/task").glob("*/schedstat"))
+
+
 @dataclass
 class Router:
     """One running router."""
@@ -86,17 +101,10 @@ class Router:
     process: subprocess.Popen[bytes]
 
     def pids(self) -> list[int]:
-        """It and all its children."""
-        found, at = [self.process.pid], 0
-        while at < len(found):
-            for task in Path(f"/proc/{found[at]}/task").glob("*/children"):
-                found += [int(pid) for pid in task.read_text().split()]
-            at += 1
-        return found
+        return family(self.process.pid)
 
     def cpu_ns(self) -> int:
-        """Time on a CPU of all its threads since their start."""
-        return sum(int(stat.read_text().split()[0]) for pid in self.pids() for stat in Path(f"/proc/{pid}/task").glob("*/schedstat"))
+        return cpu_ns(self.process.pid)
 
     def rss_bytes(self) -> int:
         """Resident memory; of pages shared between its processes each one's share."""
@@ -117,29 +125,30 @@ class Router:
             self.process.wait()
 
 
-def launch(name: str, port: int, command: list[str], *, descriptors: int | None = None) -> Router:
-    """Start it on the router's core and wait until it relays a request."""
+def launch(name: str, port: int, command: list[str], *, descriptors: int | None = None, model: str = MODEL) -> Router:
+    """Start it on the router's core and wait until it relays a request for ``model``."""
+    BUILD.mkdir(parents=True, exist_ok=True)
     limit = ["prlimit", f"--nofile={descriptors}:{descriptors}"] if descriptors else []
-    log = (BUILD / f"{name.replace(' ', '-')}.log").open("wb")
-    process = subprocess.Popen([*limit, *on_core(ROUTER_CORE, command)], stdout=log, stderr=log)
+    with (BUILD / f"{name.replace(' ', '-')}.log").open("wb") as log:
+        process = subprocess.Popen([*limit, *on_core(ROUTER_CORE, command)], stdout=log, stderr=log, start_new_session=True)
     router = Router(name, port, process)
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         if process.poll() is not None:
             raise SystemExit(f"{name} ended at its start; see {log.name}")
-        if answers(port):
+        if answers(port, model):
             return router
         time.sleep(0.2)
     raise SystemExit(f"{name} relays nothing after 60 s; see {log.name}")
 
 
-def answers(port: int) -> bool:
-    body = b'{"model": "%s", "max_tokens": 1, "messages": [{"role": "user", "content": "hello"}]}' % MODEL.encode()
+def answers(port: int, model: str) -> bool:
+    body = b'{"model": "%s", "max_tokens": 1, "messages": [{"role": "user", "content": "hello"}]}' % model.encode()
     headers = {"content-type": "application/json", "authorization": "Bearer none"}
     request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/chat/completions", body, headers)
     try:
         with urllib.request.urlopen(request, timeout=2) as got:
-            return got.status == 200
+            return bool(got.status == 200)
     except (OSError, urllib.error.URLError):
         return False
 
@@ -147,13 +156,13 @@ def answers(port: int) -> bool:
 # ---- the routers
 
 
-def ours(engines: list[int], descriptors: int | None = None) -> Router:
+def ours(engines: list[int], descriptors: int | None = None, *, options: Sequence[str] = (), model: str = MODEL) -> Router:
     """As a user starts it: default policy and router, admission, metrics, health checks, request ids, the access log."""
     port = free_port()
-    command = [sys.executable, "-m", "control_plane.cli", "serve", "--port", str(port)]
+    command = [sys.executable, "-m", "control_plane.cli", "serve", "--port", str(port), *options]
     for engine in engines:
         command += ["--engine", f"http://127.0.0.1:{engine}"]
-    return launch("control-plane", port, command, descriptors=descriptors)
+    return launch("control-plane", port, command, descriptors=descriptors, model=model)
 
 
 def bare(engines: list[int], descriptors: int | None = None) -> Router:
@@ -164,24 +173,36 @@ def bare(engines: list[int], descriptors: int | None = None) -> Router:
     return launch("bare relay", port, command, descriptors=descriptors)
 
 
-def nginx(engines: list[int], descriptors: int | None = None) -> Router:
+def nginx(engines: list[int], descriptors: int | None = None, *, model: str = MODEL) -> Router:
     port, folder, descriptors = free_port(), BUILD / "nginx", descriptors or 20_000
     folder.mkdir(parents=True, exist_ok=True)
     servers = " ".join(f"server 127.0.0.1:{engine};" for engine in engines)
     conf = NGINX_CONF.format(folder=folder, port=port, servers=servers, descriptors=descriptors, connections=descriptors - 100)
     (folder / "nginx.conf").write_text(conf)
     program = shutil.which("nginx") or "/usr/sbin/nginx"
-    return launch("nginx", port, [program, "-p", str(folder), "-c", str(folder / "nginx.conf")])
+    return launch("nginx", port, [program, "-p", str(folder), "-c", str(folder / "nginx.conf")], model=model)
 
 
-def vllm_router(policy: str) -> Callable[[list[int]], Router]:
-    def start(engines: list[int], descriptors: int | None = None) -> Router:
+def vllm_router(policy: str, *options: str) -> Callable[..., Router]:
+    def start(engines: list[int], descriptors: int | None = None, *, model: str = MODEL) -> Router:
         port = free_port()
         urls = [f"http://127.0.0.1:{engine}" for engine in engines]
         program = os.environ.get("VLLM_ROUTER", shutil.which("vllm-router") or "vllm-router")
         command = [program, "--host", "127.0.0.1", "--port", str(port), "--policy", policy, "--worker-urls", *urls]
-        command += ["--prometheus-port", str(free_port()), "--request-timeout-secs", "600"]
-        return launch(f"vllm-router {policy}", port, command, descriptors=descriptors)
+        command += ["--prometheus-port", str(free_port()), "--request-timeout-secs", "600", *options]
+        return launch(f"vllm-router {policy}", port, command, descriptors=descriptors, model=model)
+
+    return start
+
+
+def sglang_router(policy: str, *options: str) -> Callable[..., Router]:
+    def start(engines: list[int], descriptors: int | None = None, *, model: str = MODEL) -> Router:
+        port = free_port()
+        urls = [f"http://127.0.0.1:{engine}" for engine in engines]
+        python = os.environ.get("SGLANG_ROUTER_PYTHON", sys.executable)
+        command = [python, "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port), "--policy", policy]
+        command += ["--worker-urls", *urls, "--prometheus-port", str(free_port()), "--request-timeout-secs", "600", *options]
+        return launch(f"sglang-router {policy}", port, command, descriptors=descriptors, model=model)
 
     return start
 

@@ -96,9 +96,9 @@ def tokenize(engine: SimEngine, exchange: Exchange) -> None:
         generation = body.get("add_generation_prompt", True)
         continued = bool(body.get("continue_final_message"))
         tokens = engine.prompts.chat(body["messages"], body.get("tools"), generation=generation, continued=continued)
-    texts = [engine.tokenizer.piece(token).replace(" ", "Ġ").replace("\n", "Ċ") for token in tokens]
-    answer: dict[str, Any] = {"count": len(tokens), "max_model_len": engine.context, "tokens": tokens}
-    answer["token_strs"] = texts if body.get("return_token_strs") else None
+    answer: dict[str, Any] = {"count": len(tokens), "max_model_len": engine.context, "tokens": tokens, "token_strs": None}
+    if body.get("return_token_strs"):
+        answer["token_strs"] = [engine.tokenizer.piece(token).replace(" ", "Ġ").replace("\n", "Ċ") for token in tokens]
     engine.respond_json(exchange, answer)
 
 

@@ -33,7 +33,7 @@ def instrumented() -> AbstractContextManager[object]:
 with instrumented():
     import fuzz_targets
     from fuzz_targets import SEEDS
-    from peers import PEERS
+    from other_parsers import PEERS
 
 TARGETS = {**fuzz_targets.TARGETS, **PEERS}
 KEPT = Path(__file__).resolve().parents[1] / "data" / "fuzz"

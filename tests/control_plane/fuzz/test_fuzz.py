@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import fuzz_targets
 from fuzz_targets import SEEDS
-from peers import PEERS
+from other_parsers import PEERS
 from run import KEPT, changed
 
 TARGETS = {**fuzz_targets.TARGETS, **PEERS}

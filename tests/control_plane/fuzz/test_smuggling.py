@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from fuzz_targets import serve
-from peers import requests_agree
+from other_parsers import requests_agree
 
 #: a chunked body that is empty, with a request behind it; or, by its length, a body
 HIDDEN = b"0\r\n\r\nGET /hidden HTTP/1.1\r\nhost: a\r\n\r\n"

@@ -8,6 +8,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -277,7 +278,9 @@ async def test_ctrl_c_ends_it_well(make_stand: Any, eventually: Any, tmp_path: P
     stand = await make_stand()
     path = tmp_path / "trace.jsonl"
     command = (sys.executable, "-m", "control_plane.cli", "record", "--url", stand.gateway.url, "--out", str(path))
-    child = await asyncio.create_subprocess_exec(*command, stderr=subprocess.PIPE)
+    # as from a terminal: what runs in the background of a script has it ignored, and so would its children
+    as_in_a_terminal = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    child = await asyncio.create_subprocess_exec(*command, stderr=subprocess.PIPE, preexec_fn=as_in_a_terminal)
     await eventually(lambda: stand.gateway.relay.on_end is not None, 20)
     await stand.ask("POST", "/v1/chat/completions", chat(LONG))
     await eventually(lambda: path.read_bytes().count(b"\n") == 2)

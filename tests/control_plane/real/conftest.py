@@ -154,7 +154,7 @@ def serving(started_pair: Pair, tmp_path_factory: pytest.TempPathFactory) -> Ite
     for server in started_pair:
         command += ["--engine", server.url]
     with log.open("wb") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, process_group=0)
     guard(process.pid)
     try:
         assert process.stdout is not None

@@ -54,7 +54,9 @@ class VllmServer:
         self.model = model
         command = [*self._pinned, str(SERVE), model, str(self.port), str(self.core), *self.flags]
         with self.log.open("ab") as out:
-            self._process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+            # a group, not a session, of its own: Linux shares the cores out by session first, and vLLM's engine spins on `sched_yield`,
+            # so that in another session the tests' own process would wait for seconds
+            self._process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, process_group=0)
         guard(self._process.pid)
 
     def wait_ready(self) -> None:
