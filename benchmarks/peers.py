@@ -347,7 +347,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     kept = ResultFile(given.resume, {**asdict(load), "rate": given.rate}) if given.resume is not None else None
     rps = kept.capacity_rps if kept is not None and kept.begun else rate_rps(given.rate, load.base())
     if kept is not None and not kept.begun:
-        kept.begin(rps, given.duration_s)
+        kept.begin(rps, given.duration_s, load.base().digest())
     load = load.at(rps)
     arms = [arm for arm in (*given.ours.split(","), *given.peers.split(",")) if arm]
     minutes_each = ((load.warmup_s + load.duration_s) / load.speed + START_S) / 60

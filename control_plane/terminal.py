@@ -39,6 +39,16 @@ def write_json(target: str, value: Any) -> None:
         Path(target).write_text(text, encoding="utf-8")
 
 
+def check_writable(path: Path) -> None:
+    """Told before long work, not after it. Nothing in the file is touched. Raises OSError."""
+    is_new = not path.exists()
+    if is_new or path.is_file() or path.is_dir():  # a pipe would wait for its reader
+        with path.open("ab"):
+            pass
+    if is_new and not path.is_symlink():  # not the link to a file that is to come
+        path.unlink()
+
+
 def _cell(value: object) -> str:
     if value is None:
         return "-"

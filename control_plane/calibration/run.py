@@ -24,7 +24,7 @@ from control_plane.clock import Clock, SystemClock
 from control_plane.errors import InvalidRequest
 from control_plane.profile_file import is_path
 from control_plane.roofline import profile as named_profile
-from control_plane.terminal import console
+from control_plane.terminal import check_writable, console
 
 __all__ = ["Calibrated", "Options", "bounds_of", "calibrate", "run_calibrate"]
 
@@ -102,6 +102,7 @@ def _check(out: Path, base: str | None) -> None:
         raise InvalidRequest(f"--out {out} does not end in .yaml, by which profiles are known", param="--out")
     if not out.parent.is_dir():
         raise InvalidRequest(f"--out {out}: there is no folder {out.parent}", param="--out")
+    check_writable(out)
 
 
 async def calibrate(

@@ -8,20 +8,19 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 from typing import Final
 
 from control_plane.errors import InvalidRequest
 from control_plane.roofline import EngineProfile, decode_step_s, prefill_s
 from control_plane.simulator.fleet_spec import FleetSpec
 from control_plane.simulator.outcome import COMPLETED
-from control_plane.simulator.resample import at_rate
+from control_plane.simulator.resample import at_rate_in
 from control_plane.simulator.run import simulate
 from control_plane.simulator.scenario import Arm, Scenario
 from control_plane.simulator.workload import Workload
 
 #: changes whenever what is simulated does: kept capacities of other versions are not used
-VERSION: Final = 3
+VERSION: Final = 4
 #: a rate is kept up with when at least this share of what comes in the window also ends in it
 KEPT_UP: Final = 0.97
 #: bisection ends when the bounds are this close
@@ -34,6 +33,8 @@ LONGEST_PROBE_S: Final = 7200.0
 #: batch that the first guess assumes
 _GUESS_BATCH: Final = 64
 _MOST_PROBES: Final = 40
+#: a search that has come down to this has found nothing
+LEAST_RPS: Final = 1e-3
 KEPT_MOST: Final = 200
 
 
@@ -43,7 +44,7 @@ def capacity_rps(
     """Highest rate, in requests a second, that the fleet keeps up with under the default policy and router.
 
     A rate is kept up with when at least 97 % of as many requests end in the window as come in it. ``kept``: a file of capacities found
-    before. Raises InvalidRequest when not even one request in a thousand seconds is kept up with.
+    before. Raises InvalidRequest when no rate is kept up with.
     """
     key = _key(scenario, probe_s)
     known = _load(kept).get(key)
@@ -62,8 +63,10 @@ def capacity_rps(
         if low and high and high / low <= PRECISION:
             break
         rate = rate * 1.5 if not high else rate / 1.5 if not low else (low * high) ** 0.5
-        if rate < 1e-3:
-            raise InvalidRequest(f"fleet {scenario.fleet.text!r} keeps up with no rate of trace {scenario.workload.name!r}", param="fleet")
+        if rate < LEAST_RPS:
+            break
+    if not low:
+        raise InvalidRequest(f"fleet {scenario.fleet.text!r} keeps up with no rate of trace {scenario.workload.name!r}", param="fleet")
     _keep(kept, key, low)
     return low
 
@@ -76,11 +79,12 @@ def default_store() -> Path:
 def _keeps_up(scenario: Scenario, rate_rps: float, probe_s: float) -> bool:
     probe_s = min(max(probe_s, LEAST_REQUESTS / rate_rps), LONGEST_PROBE_S)
     length_s = PROBE_WARMUP_S + probe_s
-    workload = at_rate(scenario.workload, rate_rps, length_s, Random(f"capacity {scenario.seed}"))
+    workload = at_rate_in((PROBE_WARMUP_S, length_s), scenario.workload, rate_rps, length_s, f"capacity {scenario.seed}")
     result = simulate(replace(scenario, workload=workload, warmup_s=PROBE_WARMUP_S, duration_s=probe_s), Arm())
     out = result.outcomes
+    begin_s, end_s = result.window_s
     came = sum(1 for _ in result.judged())
-    ended = sum(1 for row in range(len(out)) if out.state[row] == COMPLETED and PROBE_WARMUP_S <= out.end_s[row] < length_s)
+    ended = sum(1 for row in range(len(out)) if out.state[row] == COMPLETED and begin_s <= out.end_s[row] < end_s)
     return ended >= KEPT_UP * came
 
 
@@ -98,16 +102,7 @@ def _work_s(profile: EngineProfile, prompt: float, output: float) -> float:
 
 
 def _key(scenario: Scenario, probe_s: float) -> str:
-    hasher = hashlib.blake2b(digest_size=12)
-    parts = [f"{part.count} {part.profile!r} {part.role}" for part in scenario.fleet.parts]
-    hasher.update(
-        repr(
-            (VERSION, parts, scenario.seed, scenario.delay_s, scenario.jitter, scenario.engine_scheduling, scenario.prefix_caching, probe_s)
-        ).encode()
-    )
-    for request in scenario.workload.requests:
-        hasher.update(f"{request.arrival_s!r} {request.prompt_tokens} {request.output_tokens} {request.block_ids}".encode())
-    return hasher.hexdigest()
+    return hashlib.blake2b(f"{VERSION} {probe_s!r} {scenario.digest()}".encode(), digest_size=12).hexdigest()
 
 
 def _load(store: Path | None) -> dict[str, float]:
@@ -115,7 +110,7 @@ def _load(store: Path | None) -> dict[str, float]:
         found = json.loads(store.read_text()) if store is not None else {}
     except (OSError, ValueError):
         return {}
-    return {key: value for key, value in found.items() if isinstance(value, float)} if isinstance(found, dict) else {}
+    return {key: value for key, value in found.items() if isinstance(value, float) and value > 0} if isinstance(found, dict) else {}
 
 
 def _keep(store: Path | None, key: str, value: float) -> None:

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import concurrent.futures
-import functools
 import json
 import math
-import multiprocessing
-import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any, Final
 
-from control_plane.errors import InvalidRequest
+from control_plane.errors import ControlPlaneError, InvalidRequest
 from control_plane.simulator.capacity import capacity_rps
 from control_plane.simulator.fleet_spec import FleetSpec, parse_fleet
 from control_plane.simulator.generators import workload_of
-from control_plane.simulator.resample import at_rate
+from control_plane.simulator.loop import Deadlock
+from control_plane.simulator.outcome import RunResult
+from control_plane.simulator.resample import at_rate, at_rate_in
 from control_plane.simulator.resume import ResultFile
 from control_plane.simulator.rows import Curves, Row, curves_of, row_of
 from control_plane.simulator.run import simulate
 from control_plane.simulator.scenario import Arm, Scenario
 from control_plane.simulator.slo import DEFAULT_SLO, parse_slo
 from control_plane.simulator.stats import summarise
+from control_plane.simulator.workers import each_in, usable_cores
 from control_plane.simulator.workload import Workload
 
 #: a run is judged for at least this long, and for this many times the 90th percentile of end-to-end time
@@ -85,17 +83,15 @@ class Plan:
     """A comparison ready to run: what ``prepare`` found out.
 
     Attributes:
+        base: the fleet under the trace as it is, read once: a trace may be a pipe, and a file may grow meanwhile.
         left_out: requests of the trace that no engine of the fleet can hold.
         duration_s: of what is judged; ``tail_s``: how long requests go on coming after it.
     """
 
     comparison: Comparison
-    fleet: FleetSpec
+    base: Scenario
     capacity_rps: float
     left_out: int
-    requests: int
-    source: str
-    block_tokens: int
     duration_s: float
     tail_s: float
     jobs: list[Job] = field(default_factory=list)
@@ -123,16 +119,20 @@ def prepare(
     begun = results is not None and results.begun
     capacity = results.capacity_rps if results is not None and begun else comparison.capacity_rps
     rates = [_rate(text) for text in comparison.rates]
+    twice = [text for place, text in enumerate(comparison.rates) if rates[place] in rates[:place]]
+    if twice:
+        raise InvalidRequest(f"rate {twice[0]!r} is given twice", param="rates")
+    if results is not None and begun and results.inputs != base.digest():
+        raise InvalidRequest(
+            f"{results.path} was begun when the trace or a profile of the fleet was another; give another file to --resume", param="resume"
+        )
     if any(share for _, share in rates) and not capacity:
         capacity = capacity_rps(base, told=told, kept=kept)
     in_rps = [value * capacity if share else value for value, share in rates]
     duration_s = results.duration_s if results is not None and begun else comparison.duration_s
     if not duration_s:
         duration_s = _long_enough(base, in_rps, LEAST_S, told)
-    workload = base.workload
-    plan = Plan(
-        comparison, base.fleet, capacity, left_out, len(workload.requests), workload.source, workload.block_tokens, duration_s, TAIL_S
-    )
+    plan = Plan(comparison, base, capacity, left_out, duration_s, TAIL_S)
     plan.jobs = [
         Job(arm, text, rps, seed)
         for seed in range(comparison.seeds)
@@ -142,9 +142,10 @@ def prepare(
     if len(plan.jobs) > MOST_RUNS:
         raise InvalidRequest(f"{len(plan.jobs)} runs are over {MOST_RUNS}; fewer seeds, rates or arms would be right", param="seeds")
     for arm in comparison.arms():  # a wrong name is told now rather than by every worker
-        simulate(_scenario(comparison, base.workload.with_requests(base.workload.requests[:1]), base.fleet, 0), arm)
+        one = _scenario(comparison, base.workload.with_requests(base.workload.requests[:1]), base.fleet, 0)
+        _simulated(one, arm, "with one request")
     if results is not None and not begun:
-        results.begin(capacity, duration_s)
+        results.begin(capacity, duration_s, base.digest())
     return plan
 
 
@@ -158,14 +159,16 @@ def run_all(
     """Run what has not been run, in as many processes as there are cores; the results in the plan's order.
 
     ``kept``: each result is written there when it is there, and those of an earlier, interrupted call are not run again.
-    Raises what a run raises; what has been run is kept then.
+    Raises ControlPlaneError for a run that cannot go on, and what a policy or router of the user's own lets out; what has been run is
+    kept then.
     """
     results: dict[str, tuple[Row, Curves]] = dict(kept.results) if kept is not None else {}
     todo = [job for job in plan.jobs if job.key not in results]
     for job in plan.jobs:
         if job.key in results:
             on_row(job, results[job.key][0])
-    for job, row, curves in _run(plan, todo, processes or os.cpu_count() or 1):
+    given = plan.comparison, plan.base.workload, plan.duration_s, plan.tail_s
+    for job, row, curves in each_in(processes or usable_cores(), Runner, given, todo):
         results[job.key] = row, curves
         if kept is not None:
             kept.add(job.key, row, curves)
@@ -176,16 +179,18 @@ def run_all(
 def document_of(plan: Plan, results: Sequence[tuple[Job, Row, Curves]], command: Sequence[str]) -> dict[str, Any]:
     """What ``--json`` writes; with ``curves`` (of the first seed) beside it, what the page is made of."""
     rows = [row for _, row, _ in results]
+    workload = plan.base.workload
     return {
         "version": 1,
         "command": list(command),
         "simulated": True,
         "workload": {
             "name": rows[0]["trace"],
-            "source": plan.source,
-            "requests": plan.requests,
+            "source": workload.source,
+            "requests": len(workload.requests),
             "left_out": plan.left_out,
-            "block_tokens": plan.block_tokens,
+            "own_targets": sum(request.has_targets for request in workload.requests),
+            "block_tokens": workload.block_tokens,
         },
         "capacity_rps": plan.capacity_rps,
         "duration_s": plan.duration_s,
@@ -236,48 +241,36 @@ def _scenario(comparison: Comparison, workload: Workload, fleet: FleetSpec, seed
     )
 
 
-@functools.lru_cache(maxsize=1)
-def _kept_base(comparison: Comparison) -> Scenario:
-    return _base(comparison)[0]
+def _simulated(scenario: Scenario, arm: Arm, when: str) -> RunResult:
+    """Raises ControlPlaneError for a run that cannot go on."""
+    try:
+        return simulate(scenario, arm)
+    except Deadlock as error:
+        raise ControlPlaneError(f"{arm.label} {when}: {error}") from None
 
 
-@functools.lru_cache(maxsize=1)
-def _arrivals(comparison: Comparison, rate_rps: float, length_s: float, seed: int) -> Workload:
-    """The same for every arm: drawn from the rate and the seed alone."""
-    return at_rate(_kept_base(comparison).workload, rate_rps, length_s, Random(f"arrivals {seed} {rate_rps!r}"))
+class Runner:
+    """Does one run after another, in whatever process. The arrivals of a rate and seed are kept for the next arm, which has the same."""
 
+    def __init__(self, comparison: Comparison, workload: Workload, duration_s: float, tail_s: float) -> None:
+        base = _scenario(comparison, workload, parse_fleet(comparison.fleet), 0)
+        self._base = replace(base, warmup_s=comparison.warmup_s, duration_s=duration_s)
+        self._length_s = comparison.warmup_s + duration_s + tail_s
+        self._drawn: tuple[tuple[float, int], Workload] | None = None
 
-def run_job(comparison: Comparison, duration_s: float, tail_s: float, job: Job) -> tuple[Job, Row, Curves]:
-    """One run, in whatever process."""
-    warmup_s = comparison.warmup_s
-    workload = _arrivals(comparison, job.rate_rps, warmup_s + duration_s + tail_s, job.seed)
-    scenario = replace(_kept_base(comparison), workload=workload, seed=job.seed, warmup_s=warmup_s, duration_s=duration_s)
-    result = simulate(scenario, job.arm)
-    return job, row_of(result, as_told(job.rate)), curves_of(result)
+    def __call__(self, job: Job) -> tuple[Job, Row, Curves]:
+        """Raises ControlPlaneError for a run that cannot go on."""
+        scenario = replace(self._base, workload=self._arrivals(job.rate_rps, job.seed), seed=job.seed)
+        result = _simulated(scenario, job.arm, f"at rate {job.rate}, seed {job.seed}")
+        return job, row_of(result, as_told(job.rate)), curves_of(result)
 
-
-def _run(plan: Plan, jobs: Sequence[Job], processes: int) -> Iterator[tuple[Job, Row, Curves]]:
-    one = functools.partial(run_job, plan.comparison, plan.duration_s, plan.tail_s)
-    if processes == 1 or len(jobs) < 2:
-        yield from map(one, jobs)
-        return
-    pool = concurrent.futures.ProcessPoolExecutor(
-        min(processes, len(jobs)), mp_context=multiprocessing.get_context("spawn"), initializer=_leave_interrupts_to_the_parent
-    )
-    with pool:
-        try:
-            for future in concurrent.futures.as_completed([pool.submit(one, job) for job in jobs]):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for worker in multiprocessing.active_children():  # nobody waits for a run of minutes that nobody wants
-                worker.terminate()
-            raise
-
-
-def _leave_interrupts_to_the_parent() -> None:
-    """Ctrl-C reaches every process of the terminal; one of them speaks."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    def _arrivals(self, rate_rps: float, seed: int) -> Workload:
+        """The same for every arm: drawn from the rate and the seed alone."""
+        if self._drawn is None or self._drawn[0] != (rate_rps, seed):
+            window_s = self._base.warmup_s, self._base.end_s
+            drawn = at_rate_in(window_s, self._base.workload, rate_rps, self._length_s, f"arrivals {seed} {rate_rps!r}")
+            self._drawn = (rate_rps, seed), drawn
+        return self._drawn[1]
 
 
 def _long_enough(base: Scenario, rates_rps: Sequence[float], duration_s: float, told: Callable[[str], None]) -> float:

@@ -68,6 +68,13 @@ class Served(ModelSequence):
         self.engine.drop(self)
 
 
+def engine_block_ids(ids: tuple[int, ...], trace_tokens: int, engine_tokens: int) -> tuple[int, ...]:
+    """Ids of an engine's blocks of ``engine_tokens`` tokens where those of the trace are of ``trace_tokens``: each that of the block in
+    which it ends, since equal ids mean that all before is equal, too, with its own number, since several may end in one."""
+    count = len(ids) * trace_tokens // engine_tokens
+    return tuple([ids[((number + 1) * engine_tokens - 1) // trace_tokens] << 24 | number for number in range(count)])
+
+
 class VirtualEngine:
     """Implements :class:`~control_plane.protocols.Engine`.
 
@@ -99,14 +106,14 @@ class VirtualEngine:
     ) -> None:
         self.instance = instance
         self.profile = profile
-        # where a block of the trace is no number of the engine's, nothing of it is known to be shared
-        self._shares = block_tokens % profile.block_size_tokens == 0
+        #: of a trace's block; 0: it is a whole number of the engine's, and is hashed as a whole
+        self._block_tokens = block_tokens if block_tokens % profile.block_size_tokens else 0
         self._fresh_model = partial(
             EngineModel,
             profile,
             scheduling=scheduling,
             caching=caching,
-            hash_blocks=block_tokens // profile.block_size_tokens if self._shares else 1,
+            hash_blocks=1 if self._block_tokens else block_tokens // profile.block_size_tokens,
             rng=rng,
             jitter=jitter,
         )
@@ -135,7 +142,10 @@ class VirtualEngine:
             self._on_start(request.request_id, self)
         trace = self._trace_of(request.request_id) or TraceRequest(0.0, request.input_tokens or 8, request.max_tokens or 1)
         priority = int(request.priority) if self.model.by_priority else 0
-        served = Served(self, sink, trace, trace.block_ids if self._shares else (), streamed=wire.stream, priority=priority)
+        block_ids = trace.block_ids
+        if self._block_tokens:
+            block_ids = engine_block_ids(block_ids, self._block_tokens, self.profile.block_size_tokens)
+        served = Served(self, sink, trace, block_ids, streamed=wire.stream, priority=priority)
         if self._down:
             sink.failed(InstanceFailed("the engine is down", instance_id=self.instance.instance_id, connected=False, reached=False))
             return served

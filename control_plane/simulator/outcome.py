@@ -5,15 +5,18 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Final
 
 from control_plane.simulator.slo import SloClass
 
+#: the workload begins so long after the control plane: probes have been there, and no time of a request is 0.0, which means "not reached"
+BEGIN_S: Final = 1.0
 #: of a request: what became of it
 UNSENT, LIVE, COMPLETED, FAILED, REJECTED = range(5)
 
 
 class Outcomes:
-    """One row a request, in the workload's order. Times in seconds of the virtual loop (the workload begins at ``run.BEGIN_S``), 0.0: not
+    """One row a request, in the workload's order. Times in seconds of the virtual loop (the workload begins at ``BEGIN_S``), 0.0: not
     reached."""
 
     __slots__ = ("arrival_s", "cached_tokens", "end_s", "first_s", "instance", "output_tokens", "prompt_tokens", "state")

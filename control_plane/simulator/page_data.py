@@ -218,6 +218,7 @@ def _timeline(curves: Mapping[str, Any], rows: int, width: int) -> dict[str, Any
         order.sort(key=lambda place: -sum(running[place]) - sum(waiting[place]))
         order = [order[place] for place in evenly(len(order), rows)]
     return {
+        "window_s": curves["window_s"],
         "at_s": [_short(at) for at in timeline["at_s"][::width]],
         "queued": peaks(timeline["queued"], width),
         "running_total": peaks([sum(moment) for moment in zip(*running, strict=True)], width),

@@ -6,8 +6,9 @@ session is a copy with block ids of its own, except for those blocks that are co
 
 The draw is a bootstrap: each session comes a Poisson number of times, so that different seeds give different samples of the same
 traffic; then sessions are added or taken away at random until the number of requests is the one asked for. The first copy of a session
-comes when the original came, further ones up to SPREAD_ARRIVALS mean gaps between sessions later: the shape of the load over time is kept
-down to that, bursts grow with the rate, and twins do not come at once.
+comes when the original came, further ones within SPREAD_ARRIVALS mean gaps between sessions around it: the shape of the load over time is
+kept down to that, bursts grow with the rate, and twins do not come at once. What would come before the beginning or after the end is
+mirrored there, so that the load neither begins thin nor ends with a crowd.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from control_plane.errors import InvalidRequest
 from control_plane.simulator.sessions import common_by_session, name_sessions, session_numbers
 from control_plane.simulator.workload import TraceRequest, Workload
 
-#: a copy comes at most so many mean gaps between sessions later than its original
+#: copies of a session come within so many mean gaps between sessions, its original in their middle
 SPREAD_ARRIVALS: Final = 16
+#: a window in which next to nothing comes is left thin rather than the rest made a flood
+MOST_CORRECTED: Final = 4.0
 #: above this mean a Poisson number is drawn by its normal approximation
 _NORMAL_FROM: Final = 30.0
 #: sums of times differ by less
@@ -40,6 +43,20 @@ def at_rate(workload: Workload, rate_rps: float, duration_s: float, rng: Random)
     requests = list(unroll(workload, rate_rps, duration_s, rng))
     source = f"{workload.source or workload.name}; sessions drawn anew at {rate_rps:g} requests/s for {duration_s:g} s"
     return Workload(workload.name, requests, workload.block_tokens, source, duration_s)
+
+
+def at_rate_in(window_s: tuple[float, float], workload: Workload, rate_rps: float, duration_s: float, seed: str) -> Workload:
+    """As :func:`at_rate`, but ``rate_rps`` is what comes in the window: what is judged of a trace that is thinner before it or after it.
+
+    The draw is made twice with the same seed, the second time at a rate corrected by what the first one gave, by ``MOST_CORRECTED`` at
+    most. Raises what :func:`at_rate` raises.
+    """
+    begin_s, end_s = window_s
+    drawn = at_rate(workload, rate_rps, duration_s, Random(seed))
+    came = sum(begin_s <= request.arrival_s < end_s for request in drawn.requests)
+    factor = rate_rps * (end_s - begin_s) / came if came else 1.0
+    factor = min(max(factor, 1.0 / MOST_CORRECTED), MOST_CORRECTED)
+    return at_rate(workload, rate_rps * factor, duration_s, Random(seed))
 
 
 def unroll(workload: Workload, rate_rps: float, duration_s: float, rng: Random) -> Iterator[TraceRequest]:
@@ -161,6 +178,9 @@ def _copy(request: TraceRequest, arrival_s: float, block_ids: tuple[int, ...], s
         request.slo_class,
         request.priority,
         think_s,
+        request.ttft_slo_ms,
+        request.tpot_slo_ms,
+        request.slo_deadline_ms,
     )
 
 
@@ -170,11 +190,11 @@ def _merged(sessions: _Sessions, wanted: int, duration_s: float, rng: Random) ->
     waiting: list[tuple[float, int, int, _Session, float, int, str]] = []
     order = 0
     next_id = sessions.first_free_id
-    for session, start_s, latest_s, copies in _drawn(sessions, wanted, duration_s, rng):
-        while waiting and waiting[0][0] <= start_s:
+    for session, start_s, latest_s, copies, whole in _drawn(sessions, wanted, duration_s, rng):
+        while waiting and waiting[0][0] <= start_s - sessions.spread_s / 2:
             yield _told(waiting, duration_s)
         for copy in range(copies):
-            begin_s = start_s + (rng.random() * min(sessions.spread_s, latest_s - start_s) if copy else 0.0)
+            begin_s = _moved(start_s, latest_s, sessions.spread_s, rng.random(), whole=whole) if copy else start_s
             if begin_s >= duration_s:
                 begin_s = start_s  # rounded up
             name = f"{session.name}~{order}" if session.name else ""
@@ -183,6 +203,14 @@ def _merged(sessions: _Sessions, wanted: int, duration_s: float, rng: Random) ->
             order += 1
     while waiting:
         yield _told(waiting, duration_s)
+
+
+def _moved(start_s: float, latest_s: float, spread_s: float, drawn: float, *, whole: bool) -> float:
+    """When a further copy begins. One whose end is cut off comes later only, and so that the same of it comes."""
+    if not whole:
+        return start_s + drawn * min(spread_s, latest_s - start_s)
+    begin_s = abs(start_s + (drawn - 0.5) * min(spread_s, 2.0 * latest_s))
+    return begin_s if begin_s <= latest_s else 2.0 * latest_s - begin_s
 
 
 def _told(waiting: list[tuple[float, int, int, _Session, float, int, str]], duration_s: float) -> TraceRequest:
@@ -200,8 +228,9 @@ def _told(waiting: list[tuple[float, int, int, _Session, float, int, str]], dura
     return _copy(member.request, due_s, blocks, name, member.request.think_s)
 
 
-def _drawn(sessions: _Sessions, wanted: int, duration_s: float, rng: Random) -> Iterator[tuple[_Session, float, float, int]]:
-    """Each session that comes, when its original does, until when a copy may begin so that as much of it comes, and how often."""
+def _drawn(sessions: _Sessions, wanted: int, duration_s: float, rng: Random) -> Iterator[tuple[_Session, float, float, int, bool]]:
+    """Each session that comes, when its original does, until when a copy may begin so that as much of it comes, how often, and whether
+    all of it comes."""
     period_s = sessions.period_s
     rounds = math.ceil(duration_s / period_s)
     total = _requests_in(sessions, rounds, duration_s)
@@ -216,7 +245,7 @@ def _drawn(sessions: _Sessions, wanted: int, duration_s: float, rng: Random) -> 
             if count:
                 done += count * size
                 start_s = begin_s + session.start_s
-                yield session, start_s, duration_s - session.members[size - 1].offset_s, count
+                yield session, start_s, duration_s - session.members[size - 1].offset_s, count, size == len(session.members)
 
 
 def _requests_in(sessions: _Sessions, rounds: int, duration_s: float) -> int:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, TypedDict
 
-from control_plane.simulator.outcome import COMPLETED, FAILED, REJECTED, RunResult
+from control_plane.simulator.outcome import BEGIN_S, COMPLETED, FAILED, REJECTED, RunResult
 
 #: points of a distribution that are kept, as shares
 CDF_POINTS = tuple(point / 100 for point in range(101))
@@ -57,9 +57,11 @@ class Row(TypedDict):
 
 
 class Curves(TypedDict):
-    """What the page draws of one run. ``cdf``: 101 quantiles (0 % to 100 %) of each time, in ms. ``timeline``: the fleet at moments,
-    ``running`` and ``waiting`` one list an instance. ``placement``: by instance, of the judged requests."""
+    """What the page draws of one run. ``window_s``: beginning and end of what is judged, on the axis of ``timeline``. ``cdf``: 101
+    quantiles (0 % to 100 %) of each time, in ms. ``timeline``: the fleet at moments, ``running`` and ``waiting`` one list an instance.
+    ``placement``: by instance, of the judged requests."""
 
+    window_s: list[float]
     cdf: dict[str, list[float]]
     timeline: dict[str, Any]
     placement: dict[str, Any]
@@ -131,6 +133,7 @@ def curves_of(result: RunResult) -> Curves:
         by_class[result.classes[row].name][where] += 1
     samples = result.samples
     return Curves(
+        window_s=[at_s - BEGIN_S for at_s in result.window_s],
         cdf={name: [_at(found, share) for share in CDF_POINTS] for name, found in _times(result).items()},
         timeline={
             "at_s": [sample.at_s for sample in samples],

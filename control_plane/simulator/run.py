@@ -18,7 +18,7 @@ from control_plane.roofline import EngineProfile
 from control_plane.simulator.engine import VirtualEngine
 from control_plane.simulator.ledger import EventLedger
 from control_plane.simulator.loop import Deadlock, VirtualClock, VirtualLoop
-from control_plane.simulator.outcome import COMPLETED, FAILED, LIVE, REJECTED, Outcomes, RunResult, Sample
+from control_plane.simulator.outcome import BEGIN_S, COMPLETED, FAILED, LIVE, REJECTED, Outcomes, RunResult, Sample
 from control_plane.simulator.scenario import Arm, Scenario
 from control_plane.simulator.texts import BYTES_PER_TOKEN, prompt_head
 from control_plane.simulator.workload import TraceRequest
@@ -29,8 +29,6 @@ _WIRE: Final = WireRequest("/v1/completions", b"", True)
 _KIND: Final = RequestKind.COMPLETION
 #: what is looked at of a prompt's beginning
 HEAD_BYTES: Final = 4096
-#: the workload begins so long after the control plane: probes have been there, and no time of a request is 0.0, which means "not reached"
-BEGIN_S: Final = 1.0
 #: requests wait, engines have room, and nothing has moved for so long: nobody will
 STALL_S: Final = 30.0
 LOOK_S: Final = 5.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -68,6 +69,15 @@ class Scenario:
     def end_s(self) -> float:
         """The end of what is judged, by arrival."""
         return self.warmup_s + self.duration_s if self.duration_s else float("inf")
+
+    def digest(self) -> str:
+        """Of all that decides what is simulated but the arm and how long it is judged: equal ones are the same scenario."""
+        parts = [(part.count, part.profile, part.role) for part in self.fleet.parts]
+        engines = (self.delay_s, self.jitter, self.engine_scheduling, self.prefix_caching)
+        hasher = hashlib.blake2b(repr((parts, self.seed, engines, self.slo.text, self.workload.block_tokens)).encode(), digest_size=16)
+        for request in self.workload.requests:
+            hasher.update(repr(request).encode())
+        return hasher.hexdigest()
 
 
 def _name(given: Any) -> str:

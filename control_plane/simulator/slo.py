@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from random import Random
 from typing import Final
@@ -12,6 +12,8 @@ from control_plane.errors import InvalidRequest
 from control_plane.simulator.workload import TraceRequest
 from control_plane.types import RequestPriority
 
+#: the class of requests that brought targets of their own and name none
+OWN: Final = "recorded"
 #: what ``compare`` takes where nothing else is asked for
 DEFAULT_SLO: Final = "interactive=ttft:1000,tpot:50,share:0.8;batch=ttft:30000,tpot:200,share:0.2,priority:low"
 _KEYS: Final = ("ttft", "tpot", "e2e", "share", "priority")
@@ -44,16 +46,22 @@ class SloClasses:
     text: str
     by_name: Mapping[str, SloClass]
 
-    def assign(self, requests: list[TraceRequest], rng: Random) -> list[SloClass]:
-        """One class for each request: the one that it names, else one drawn by the shares; a session keeps its own.
+    def assign(self, requests: Iterable[TraceRequest], rng: Random) -> list[SloClass]:
+        """One class for each request: targets that it brought, whatever its class asks for; else the class that it names, else one drawn
+        by the shares; a session keeps its own.
 
-        Raises InvalidRequest when a request names a class that is not here.
+        Raises InvalidRequest when a request without targets of its own names a class that is not here.
         """
         classes = list(self.by_name.values())
         weights = [one.share for one in classes]
         of_session: dict[str, SloClass] = {}
+        own: dict[tuple[str, float | None, float | None, float | None], SloClass] = {}
         found: list[SloClass] = []
         for request in requests:
+            if request.has_targets:
+                key = request.slo_class or OWN, request.ttft_slo_ms, request.tpot_slo_ms, request.slo_deadline_ms
+                found.append(own.get(key) or own.setdefault(key, self._own(*key)))
+                continue
             if request.slo_class:
                 one = self.by_name.get(request.slo_class)
                 if one is None:
@@ -69,17 +77,9 @@ class SloClasses:
             found.append(one)
         return found
 
-    def scaled(self, factor: float) -> SloClasses:
-        """All targets times ``factor``, for engines that run slower than life."""
-
-        def times(value: float | None) -> float | None:
-            return None if value is None else value * factor
-
-        changed = {
-            name: SloClass(name, times(one.ttft_ms), times(one.tpot_ms), times(one.e2e_ms), one.share, one.priority)
-            for name, one in self.by_name.items()
-        }
-        return SloClasses(self.text, changed)
+    def _own(self, name: str, ttft_ms: float | None, tpot_ms: float | None, e2e_ms: float | None) -> SloClass:
+        known = self.by_name.get(name)
+        return SloClass(name, ttft_ms, tpot_ms, e2e_ms, 0.0, known.priority if known is not None else RequestPriority.NORMAL)
 
 
 def parse_slo(text: str) -> SloClasses:

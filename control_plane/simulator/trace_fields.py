@@ -15,7 +15,9 @@ from control_plane.simulator.workload import TRACE_BLOCK_TOKENS, TraceRequest
 from control_plane.types import RequestPriority
 
 REQUIRED: Final = ("arrival_s", "prompt_tokens", "output_tokens")
-OPTIONAL: Final = ("block_ids", "session_id", "tenant", "slo_class", "priority", "think_s")
+#: milliseconds that a request asked for
+TARGETS: Final = ("ttft_slo_ms", "tpot_slo_ms", "slo_deadline_ms")
+OPTIONAL: Final = ("block_ids", "session_id", "tenant", "slo_class", "priority", "think_s", *TARGETS)
 #: what others call them: Azure's and Mooncake's releases
 ALIASES: Final[Mapping[str, str]] = {
     "TIMESTAMP": "arrival_s",
@@ -28,6 +30,7 @@ ALIASES: Final[Mapping[str, str]] = {
 }
 #: nothing real is above these
 MAX_ARRIVAL_S: Final = 1e11
+MAX_TARGET_MS: Final = 1e9
 MAX_TOKENS: Final = 100_000_000
 MAX_BLOCK_TOKENS: Final = 1_048_576
 MAX_NAME: Final = 256
@@ -71,6 +74,9 @@ def request_of(row: Mapping[str, Any], chains: dict[tuple[int, Any], int], block
         request.priority = _priority(given)
     if (given := row.get("think_s")) not in (None, ""):
         request.think_s = _seconds(given, "think_s")
+    for name in TARGETS:
+        if (given := row.get(name)) not in (None, ""):
+            setattr(request, name, _target_ms(given, name))
     if (given := row.get("block_ids")) not in (None, "", []):
         request.block_ids = _blocks(given, chains)
         room = -(-(prompt_tokens + output_tokens) // (block_tokens or 1))
@@ -126,8 +132,7 @@ class PromptSizes:
 def _arrival(value: object, *, ms: bool) -> float:
     if isinstance(value, str) and value.count("-") == 2 and ":" in value:
         return _moment(value)
-    seconds = _seconds(value, "arrival_s")
-    return seconds / 1000.0 if ms else seconds
+    return _seconds(value, "arrival_s", 1000.0 if ms else 1.0)
 
 
 def _moment(text: str) -> float:
@@ -142,17 +147,31 @@ def _moment(text: str) -> float:
     return moment.timestamp() + (float(f"0.{fraction[1][:6]}") if fraction else 0.0)
 
 
-def _seconds(value: object, field: str) -> float:
-    wanted = f"a number of seconds from 0 to {MAX_ARRIVAL_S:g} would be right"
+def _seconds(value: object, field: str, a_second: float = 1.0) -> float:
+    """``a_second``: how much of the file's unit it is."""
+    unit = "seconds" if a_second == 1.0 else "milliseconds"
+    wanted = f"a number of {unit} from 0 to {MAX_ARRIVAL_S * a_second:g} would be right"
+    return _number(value, field, 0.0, MAX_ARRIVAL_S * a_second, wanted) / a_second
+
+
+def _target_ms(value: object, field: str) -> float:
+    wanted = f"a number of milliseconds above 0, at most {MAX_TARGET_MS:g}, would be right"
+    found = _number(value, field, 0.0, MAX_TARGET_MS, wanted)
+    if found == 0.0:
+        raise Fault(field, value, wanted)
+    return found
+
+
+def _number(value: object, field: str, least: float, most: float, wanted: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise Fault(field, value, wanted)
     try:
-        seconds = float(value)
+        found = float(value)
     except (ValueError, OverflowError):
         raise Fault(field, value, wanted) from None
-    if not 0.0 <= seconds <= MAX_ARRIVAL_S:  # NaN is not either
+    if not least <= found <= most:  # NaN is not either
         raise Fault(field, value, wanted)
-    return seconds
+    return found
 
 
 def _count(value: object, field: str, least: int) -> int:

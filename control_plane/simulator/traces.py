@@ -209,7 +209,7 @@ def _csv_rows(first: tuple[int, str], rest: Iterator[tuple[int, str]], name: str
                 yield number, header_of({"block_tokens": value.strip()})
             except Fault as fault:
                 raise fault.at(name, number) from None
-    delimiter = "\t" if "\t" in text else ","
+    delimiter = next((mark for mark in "\t,;" if mark in text), ",")
     header = _cells(text, delimiter, name, number)
     columns = [ALIASES.get(cell.strip(), cell.strip()) for cell in header]
     missing = [field for field in REQUIRED if field not in columns]

@@ -25,6 +25,8 @@ class TraceRequest:
         tenant: whom it is for.
         slo_class: by whose targets it is judged; "": assigned by :mod:`~control_plane.simulator.slo`.
         priority: a name of RequestPriority, in lower case.
+        ttft_slo_ms, tpot_slo_ms, slo_deadline_ms: what it asked for, end to end the last; None: nothing. One that asked for anything
+            is judged by that alone.
         think_s: it comes this long after the answer to the session's request before it (closed loop); None: at ``arrival_s``.
     """
 
@@ -37,6 +39,13 @@ class TraceRequest:
     slo_class: str = ""
     priority: str = "normal"
     think_s: float | None = None
+    ttft_slo_ms: float | None = None
+    tpot_slo_ms: float | None = None
+    slo_deadline_ms: float | None = None
+
+    @property
+    def has_targets(self) -> bool:
+        return self.ttft_slo_ms is not None or self.tpot_slo_ms is not None or self.slo_deadline_ms is not None
 
 
 @dataclass(slots=True)

@@ -347,6 +347,15 @@ def test_wrong_usage_is_told_before_anything_is_sent(arguments: tuple[str, ...],
     assert "Traceback" not in done.stderr
 
 
+def test_a_profile_that_cannot_be_written_is_told_before_anything_is_sent(tmp_path: Path) -> None:
+    folder = tmp_path / "folder.yaml"
+    folder.mkdir()
+    done = command("--engine", "http://127.0.0.1:9", "--out", str(folder))
+    assert done.returncode == 1
+    assert f"Is a directory: '{folder}'" in done.stderr
+    assert "127.0.0.1" not in done.stderr
+
+
 def test_a_profile_holds_the_points_it_comes_from(tmp_path: Path) -> None:
     from datetime import UTC, datetime
 

@@ -135,3 +135,18 @@ def test_every_module_that_is_to_be_compiled_is_there() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     modules = project["tool"]["hatch"]["build"]["targets"]["wheel"]["hooks"]["custom"]["modules"]
     assert [module for module in modules if not list(ROOT.glob(module))] == []
+
+
+def test_modules_have_their_names_also_in_a_clone_inside_somebodys_package(tmp_path: Path) -> None:
+    """What mypyc does first: mypy by the project's settings, with the files named as hatch_build.py does."""
+    pytest.importorskip("mypy")
+    clone = tmp_path / "clone"
+    (clone / "control_plane").mkdir(parents=True)
+    (tmp_path / "__init__.py").touch()
+    shutil.copy(ROOT / "pyproject.toml", clone)
+    for name in ("__init__.py", "compiled.py", "clock.py"):
+        shutil.copy(PACKAGE / name, clone / "control_plane")
+    (clone / "control_plane" / "__init__.py").write_text("from control_plane import compiled\n")
+    command = [sys.executable, "-m", "mypy", "--no-incremental", "control_plane/clock.py", "control_plane/compiled.py"]
+    done = subprocess.run(command, cwd=clone, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout

@@ -17,13 +17,14 @@ function facts(trace) {
   const { workload } = data;
   const requests = workload.requests ? `${workload.requests.toLocaleString("en")} requests` : null;
   const blocks = workload.block_tokens ? `prefixes in blocks of ${workload.block_tokens} tokens` : null;
+  const own = workload.own_targets ? `${workload.own_targets.toLocaleString("en")} requests of the trace brought targets of their own and are judged by those` : null;
   const least = Math.min(...data.summary.map((line) => line.seeds));
   const most = Math.max(...data.summary.map((line) => line.seeds));
   return [
     ["Workload", [trace, workload.source, requests, blocks].filter(Boolean).join("; ")],
     ["Fleet", data.fleet],
     ["Capacity", data.capacity_rps ? `${number(data.capacity_rps)} req/s on this workload` : null],
-    ["Targets", data.classes.length ? h("ul", {}, data.classes.map((one) => h("li", {}, targets(one)))) : data.slo],
+    ["Targets", data.classes.length ? h("ul", {}, data.classes.map((one) => h("li", {}, targets(one))), own ? h("li", {}, own) : null) : data.slo],
     ["Arms", h("ul", {}, data.arms.map((_, arm) => h("li", {}, armName(arm), arm === 0 && data.arms.length > 1 ? " (the others are compared with this one)" : "")))],
     ["Seeds", data.summary.length ? (least === most ? String(least) : `${least} to ${most}`) : null],
     ["To repeat", data.command ? h("code", {}, data.command) : null],

@@ -33,11 +33,22 @@ function queue() {
     axes: [timeAxis(), axis({ size: 58, incrs: WHOLE, values: (_, ticks) => ticks.map(tick) })],
     series: [{}, ...found.map((one) => lineOf(one.arm, { spanGaps: true }))],
     cursor: { sync: { key: "time" } },
-    hooks: { draw: [(made) => found.forEach((one, number_) => stampSome(made, one.arm, number_, found.length))] },
+    hooks: { draw: [(made) => judgedWindow(made, found[0].of.window_s), (made) => found.forEach((one, number_) => stampSome(made, one.arm, number_, found.length))] },
   }, joined, `Requests ${says} over time`, (index) => ({
     head: `at ${seconds(joined[0][index])}`,
     rows: found.map((one, number_) => [one.arm, joined[number_ + 1][index] == null ? "–" : tick(joined[number_ + 1][index])]),
   }));
+}
+
+// The same for all arms of a comparison.
+function judgedWindow(made, [begin, end]) {
+  const { bbox } = made;
+  const room = 4 * devicePixelRatio;
+  [[begin, "judged from here", 1], [end, "to here", -1]].forEach(([time, text, side]) => {
+    const x = made.valToPos(time, "x", true);
+    if (x < bbox.left || x > bbox.left + bbox.width) return;
+    guide(made, [x, bbox.top], [x, bbox.top + bbox.height], text, [x + side * room, bbox.top + 12 * devicePixelRatio], side > 0 ? "left" : "right");
+  });
 }
 
 // A mark now and then, not at the same places for all arms.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from control_plane.cli import operate
-from control_plane.cli.record import record
+from control_plane.cli.record import TraceFile, record
 from control_plane.errors import ControlPlaneError
 from control_plane.gateway import GatewaySettings, recording
 from control_plane.gateway.recording import BLOCK_BYTES, MAX_RECORDINGS, Recording, prompt_bytes
@@ -114,6 +115,7 @@ async def test_a_recording_is_a_trace_without_texts(make_stand: Any, open_connec
     one, two, alone = workload.requests
     assert one.session_id == two.session_id != alone.session_id == ""
     assert (one.priority, two.slo_class) == ("high", "batch")
+    assert (one.ttft_slo_ms, one.has_targets, two.has_targets) == (900.0, True, False)
     # a block is as many tokens as its bytes were in this traffic, in whole blocks of an engine
     assert workload.block_tokens == pytest.approx(BLOCK_BYTES * 3_903 / sum(line["prompt_bytes"] for line in reader.requests), abs=8)
     assert workload.block_tokens % 16 == 0
@@ -288,3 +290,83 @@ async def test_ctrl_c_ends_it_well(make_stand: Any, eventually: Any, tmp_path: P
     _, said = await asyncio.wait_for(child.communicate(), 20)
     assert child.returncode == 0
     assert said.decode().endswith(f"1 requests recorded in {path}\n")
+
+
+HEAD = b'{"trace":1,"block_bytes":1024}\n'
+
+
+def lines(count: int, first: int = 0) -> list[bytes]:
+    return [b'{"arrival_s":%d,"prompt_tokens":9,"output_tokens":9}\n' % (first + number) for number in range(count)]
+
+
+def test_what_was_in_the_file_stays_until_the_recording_begins(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    path.write_bytes(b"last week's\n")
+    with (
+        contextlib.closing(operate.AdminClient("http://127.0.0.1:1")) as client,
+        pytest.raises(ControlPlaneError, match="no gateway answers"),
+    ):
+        record(client, str(path), None)
+    assert path.read_bytes() == b"last week's\n"
+    with contextlib.closing(TraceFile(str(path))) as file:
+        file.add(HEAD)
+    assert path.read_bytes() == HEAD
+
+
+@pytest.mark.parametrize("how", ["moved", "removed", "emptied", "another in its place"])
+def test_a_file_that_is_rotated_is_begun_again_with_its_head(how: str, tmp_path: Path) -> None:
+    path, old = tmp_path / "t", tmp_path / "t.1"
+    with contextlib.closing(TraceFile(str(path))) as file:
+        for line in (HEAD, *lines(3)):
+            file.add(line)
+        if how == "moved":
+            path.rename(old)
+        elif how == "removed":
+            path.unlink()
+        elif how == "emptied":
+            old.write_bytes(path.read_bytes())
+            os.truncate(path, 0)
+        else:
+            path.rename(old)
+            path.touch()
+        for line in lines(2, 3):
+            file.add(line)
+    assert path.read_bytes() == b"".join([HEAD, *lines(2, 3)])
+    assert len(load_trace(path).requests) == 2
+    if how != "removed":
+        joined = tmp_path / "joined"
+        joined.write_bytes(old.read_bytes() + path.read_bytes())
+        assert [one.arrival_s for one in load_trace(joined).requests] == [0, 1, 2, 3, 4]
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t"
+    whole, free = os.write, len(HEAD) + len(lines(1)[0]) + 10
+
+    def write(file: int, data: Any) -> int:
+        nonlocal free
+        if not free:
+            raise OSError(28, "No space left on device")
+        took = whole(file, data[:free])
+        free -= took
+        return took
+
+    monkeypatch.setattr(os, "write", write)
+    with contextlib.closing(TraceFile(str(path))) as file:
+        file.add(HEAD)
+        file.add(lines(1)[0])
+        with pytest.raises(OSError, match="No space left"):
+            file.add(lines(1)[0])
+    assert path.read_bytes() == HEAD + lines(1)[0]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full here")
+async def test_a_file_that_takes_no_more_is_told_and_the_gateway_goes_on(make_stand: Any, eventually: Any) -> None:
+    stand = await make_stand()
+    command = (sys.executable, "-m", "control_plane.cli", "record", "--url", stand.gateway.url, "--out", "/dev/full")
+    child = await asyncio.create_subprocess_exec(*command, stderr=subprocess.PIPE)
+    _, said = await asyncio.wait_for(child.communicate(), 20)
+    assert child.returncode == 1
+    assert said.decode() == "control-plane: /dev/full cannot be written any more: No space left on device; 0 requests were recorded\n"
+    await stand.ask("POST", "/v1/chat/completions", chat(LONG))
+    await eventually(lambda: stand.gateway.relay.on_end is None, 20)

@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import sys
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -118,6 +119,25 @@ def test_prefixes_are_found_again_where_they_were_computed() -> None:
     assert spread == 0.0
     off = run(Arm("fifo", "locality"), workload(300, 20.0, sessions=5), prefix_caching=False)
     assert sum(off.outcomes.cached_tokens) == 0
+
+
+@pytest.mark.parametrize(("trace_tokens", "engine_tokens"), [(64, 16), (64, 128), (48, 128), (512, 48), (16, 16), (100, 16)])
+def test_prefixes_are_found_whatever_the_sizes_of_blocks(trace_tokens: int, engine_tokens: int, tmp_path: Path) -> None:
+    """A session of three turns of 960, 1,920 and 2,880 tokens, and beside it one that shares its first 480 tokens with it."""
+    engine = tmp_path / "engine.yaml"
+    engine.write_text(f"version: 1\nname: e\nbase: h100-llama3-8b\nblock_size_tokens: {engine_tokens}\nkv_block_count: 4000\n")
+    shared = 480 // trace_tokens
+    requests = []
+    for turn, tokens in enumerate((960, 1_920, 2_880)):
+        requests.append(TraceRequest(10.0 * turn, tokens, 1, tuple(range(tokens // trace_tokens))))
+    other = [number if number < shared else 1_000 + number for number in range(960 // trace_tokens)]
+    requests.append(TraceRequest(40.0, 960, 1, tuple(other)))
+    given = Workload("turns", requests, block_tokens=trace_tokens)
+    out = run(given=given, fleet=f"1x{engine}").outcomes
+    step = max(trace_tokens, engine_tokens) * 2
+    for row, tokens in enumerate((0, 960, 1_920, shared * trace_tokens)):
+        assert tokens - step < out.cached_tokens[row] <= tokens
+        assert out.cached_tokens[row] % engine_tokens == 0
 
 
 def test_only_what_arrives_in_the_window_is_judged() -> None:
@@ -252,6 +272,42 @@ def test_classes_are_drawn_by_their_shares_and_sessions_keep_theirs() -> None:
         slo.assign([TraceRequest(0.0, 1, 1, slo_class="batch")], Random(0))
 
 
+def test_a_request_that_brought_targets_is_judged_by_those_alone() -> None:
+    slo = parse_slo("quick=ttft:1,tpot:1,priority:high;slow=e2e:60000,share:0")
+    brought = [
+        TraceRequest(0.0, 1, 1, ttft_slo_ms=500.0),
+        TraceRequest(0.0, 1, 1, slo_class="quick", tpot_slo_ms=40.0, slo_deadline_ms=9000.0),
+        TraceRequest(0.0, 1, 1, slo_class="nowhere else", slo_deadline_ms=9000.0),
+        TraceRequest(0.0, 1, 1),
+    ]
+    classes = slo.assign(brought, Random(0))
+    assert [(one.name, one.ttft_ms, one.tpot_ms, one.e2e_ms) for one in classes] == [
+        ("recorded", 500.0, None, None),
+        ("quick", None, 40.0, 9000.0),
+        ("nowhere else", None, None, 9000.0),
+        ("quick", 1.0, 1.0, None),
+    ]
+    assert [one.priority.name for one in classes] == ["NORMAL", "HIGH", "NORMAL", "HIGH"]
+    met = row_of(run(given=Workload("brought", brought), slo=slo), 1.0)
+    assert met["slo_attainment_by_class"] == {"nowhere else": 1.0, "quick": 0.5, "recorded": 1.0}
+
+
+def test_the_control_plane_is_told_what_a_request_asked_for() -> None:
+    given = Workload("late", [TraceRequest(0.0, 1000, 500, slo_deadline_ms=10.0)])
+    told: list[float | None] = []
+
+    simulation = Simulation(Scenario(parse_fleet(FLEET), given), Arm("fifo", "random"))
+    accept = simulation.manager.lifecycle.accept
+
+    def listening(request: Any, *rest: Any, **more: Any) -> Any:
+        told.append(request.slo_deadline_ms)
+        return accept(request, *rest, **more)
+
+    simulation.manager.lifecycle.accept = listening  # type: ignore[method-assign]
+    simulation.run()
+    assert told == [10.0]
+
+
 def test_the_row_is_counted_from_the_outcomes() -> None:
     slo = parse_slo("quick=ttft:60,tpot:10")
     result = run(given=workload(300, 60.0), slo=slo, delay_s=0.0)
@@ -273,6 +329,7 @@ def test_the_row_is_counted_from_the_outcomes() -> None:
 def test_the_curves_agree_with_the_row() -> None:
     result = run(given=workload(300, 60.0))
     row, curves = row_of(result, 1.0), curves_of(result)
+    assert curves["window_s"] == [0.0, result.window_s[1] - BEGIN_S]
     assert curves["cdf"]["ttft"][50] == row["ttft_ms"]["p50"]
     assert curves["cdf"]["e2e"][99] == row["e2e_ms"]["p99"]
     assert sum(curves["placement"]["requests"]) == 300

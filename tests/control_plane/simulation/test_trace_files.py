@@ -79,6 +79,7 @@ SAME = {
     "unordered": "arrival_s,prompt_tokens,output_tokens\n1.25,200,20\n0.5,100,10\n",
     "windows": "﻿" + CSV.replace("\n", "\r\n"),
     "tabs and blank lines": CSV.replace(",", "\t").replace("\n", "\n\n"),
+    "semicolons": CSV.replace(",", ";"),
     "quoted": 'arrival_s,prompt_tokens,output_tokens,note\n0.5,100,10,"a,b"\n"1.25","200",20,\n',
     "json lines": '{"arrival_s":0.5,"prompt_tokens":100,"output_tokens":10}\n{"arrival_s":1.25,"prompt_tokens":200,"output_tokens":20.0}\n',
     "mooncake": '{"timestamp":500,"input_length":100,"output_length":10,"hash_ids":[7]}\n'
@@ -115,6 +116,24 @@ def test_clock_times_are_counted_from_the_first_request(tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("arrival_s,prompt_tokens,output_tokens\n1700000001.5,9,9\n1700000000,9,9\n")
     assert [one.arrival_s for one in load_trace(path).requests] == [0.0, 1.5]
+
+
+def test_milliseconds_may_be_a_time_of_day_too(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(f'{{"timestamp":{1_700_000_000_000 + ms},"input_length":9,"output_length":9}}\n' for ms in (0, 1_500)))
+    assert [one.arrival_s for one in load_trace(path).requests] == [0.0, 1.5]
+
+
+def test_targets_that_were_asked_for_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text(
+        "arrival_s,prompt_tokens,output_tokens,ttft_slo_ms,tpot_slo_ms,slo_deadline_ms\n0,9,9,900,,1e4\n1,9,9,,40.5,\n2,9,9,,,\n"
+    )
+    assert load_trace(path).requests == [
+        TraceRequest(0.0, 9, 9, ttft_slo_ms=900.0, slo_deadline_ms=10_000.0),
+        TraceRequest(1.0, 9, 9, tpot_slo_ms=40.5),
+        TraceRequest(2.0, 9, 9),
+    ]
 
 
 def test_all_fields_of_ours(tmp_path: Path) -> None:
@@ -166,6 +185,10 @@ WRONG = {
     HEAD + "1,2," + "9" * 6000 + "\n": ("output_tokens", "..."),
     "arrival_s,prompt_tokens,output_tokens,priority\n1,2,3,urgent\n": ("priority", "critical, high, normal"),
     "arrival_s,prompt_tokens,output_tokens,think_s\n1,2,3,-5\n": ("think_s", "-5"),
+    "arrival_s,prompt_tokens,output_tokens,ttft_slo_ms\n1,2,3,0\n": ("ttft_slo_ms", "milliseconds above 0"),
+    "arrival_s,prompt_tokens,output_tokens,slo_deadline_ms\n1,2,3,soon\n": ("slo_deadline_ms", "soon"),
+    '{"arrival_s":1,"prompt_tokens":2,"output_tokens":3,"tpot_slo_ms":1e99}\n': ("tpot_slo_ms", "at most"),
+    '{"timestamp":1e15,"input_length":2,"output_length":3}\n': ("arrival_s", "milliseconds from 0 to 1e+14"),
     "arrival_s,prompt_tokens,output_tokens,tenant\n1,2,3," + "x" * 300 + "\n": ("tenant", "256"),
     "arrival_s,prompt_tokens,output_tokens,block_ids\n1,2,3,1 2 3\n": ("block_ids", "block_tokens"),
     "arrival_s,prompt_tokens,output_tokens,block_ids\n1,2,3,[1}\n": ("block_ids", "[1}"),
@@ -238,6 +261,9 @@ requests = st.builds(
     slo_class=names,
     priority=st.sampled_from(["critical", "high", "normal", "low", "background"]),
     think_s=st.none() | st.floats(0, 1e4),
+    ttft_slo_ms=st.none() | st.floats(0.1, 1e6),
+    tpot_slo_ms=st.none() | st.floats(0.1, 1e6),
+    slo_deadline_ms=st.none() | st.floats(0.1, 1e6),
 )
 
 

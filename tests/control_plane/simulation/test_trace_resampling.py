@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from control_plane.errors import InvalidRequest
 from control_plane.simulator.generators import workload_of
-from control_plane.simulator.resample import at_rate, piece, pieces, unroll
+from control_plane.simulator.resample import at_rate, at_rate_in, piece, pieces, unroll
 from control_plane.simulator.traces import load_trace
 from control_plane.simulator.workload import TraceRequest, Workload
 
@@ -108,6 +108,36 @@ def test_the_shape_of_the_load_is_kept() -> None:
     drawn = at_rate(original, 10 * original.rate_rps, original.duration_s, Random(1))
     for was, now in zip(minutes(original), minutes(drawn), strict=True):
         assert now == pytest.approx(10 * was, rel=0.15, abs=100)
+
+
+@pytest.mark.parametrize("rate_rps", [0.2, 4.0])
+def test_an_even_load_stays_even_from_beginning_to_end(rate_rps: float) -> None:
+    original = Workload("even", [TraceRequest(10.0 * number, 10, 10) for number in range(60)], duration_s=600)
+    counted = Counter(int(one.arrival_s // 60) for seed in range(40) for one in at_rate(original, rate_rps, 420.0, Random(seed)).requests)
+    for minute in range(7):
+        assert counted[minute] / 40 / 60 == pytest.approx(rate_rps, rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["azure_conv", "mooncake_conversation", "diurnal:rate_rps=5,duration_s=1200,period_s=1200"])
+def test_the_rate_of_a_window_is_the_one_asked_for_although_the_trace_is_thinner_there(name: str) -> None:
+    original = workload_of(name, seed=1)
+    for seed in range(3):
+        drawn = at_rate_in((60.0, 360.0), original, 20.0, 420.0, f"{seed}")
+        came = sum(60.0 <= one.arrival_s < 360.0 for one in drawn.requests)
+        assert came / 300.0 == pytest.approx(20.0, rel=0.04)
+    assert at_rate_in((60.0, 360.0), original, 20.0, 420.0, "2").requests == drawn.requests
+
+
+def test_a_window_in_which_nothing_comes_makes_no_flood() -> None:
+    lull = Workload("lull", [TraceRequest(float(n), 1, 1) for n in (*range(50), *range(400, 450))], duration_s=450)
+    drawn = at_rate_in((100.0, 300.0), lull, 1.0, 450.0, "s")
+    assert len(drawn.requests) <= 4 * 450 + 1
+
+
+def test_a_copy_keeps_what_its_original_asked_for() -> None:
+    asked = TraceRequest(1.0, 10, 10, ttft_slo_ms=1.0, tpot_slo_ms=2.0, slo_deadline_ms=3.0)
+    for one in at_rate(Workload("w", [asked], duration_s=2.0), 5, 10, Random(1)).requests:
+        assert (one.ttft_slo_ms, one.tpot_slo_ms, one.slo_deadline_ms) == (1.0, 2.0, 3.0)
 
 
 def test_bursts_grow_with_the_rate() -> None:

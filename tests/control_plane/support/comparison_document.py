@@ -113,7 +113,7 @@ def large_document(instances: int = 1_000, samples: int = 200, arms: int = 8, ra
     for rate in range(1, rates + 1):
         for arm in range(arms):
             placement = dict(shared["placement"], requests=[rng.randrange(50, 150) for _ in range(instances)])
-            curves.append(Curves(cdf=shared["cdf"], timeline=shared["timeline"], placement=placement))
+            curves.append(Curves(window_s=shared["window_s"], cdf=shared["cdf"], timeline=shared["timeline"], placement=placement))
             rows.append(Row(**{**pattern, "scheduling_policy": "adaptive", "routing_strategy": f"router_{arm}", "rate": f"0.{rate}"}))  # type: ignore[typeddict-item]
     return document_of(rows, curves)
 
@@ -126,6 +126,7 @@ def _crowd(rng: Random, instances: int, samples: int) -> Curves:
         return [rng.randrange(most) for _ in range(instances)]
 
     return Curves(
+        window_s=[5.0, 5.0 * samples - 10.0],
         cdf={name: [10.0 * 1.05**point for point in range(len(CDF_POINTS))] for name in ("ttft", "tpot", "e2e")},
         timeline={
             "at_s": [5.0 * moment for moment in range(samples)],
