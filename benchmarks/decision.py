@@ -110,6 +110,8 @@ def queue_cost(policy_name: str, rounds: int, queued: int = QUEUED) -> tuple[flo
     def enqueue(job: Job) -> None:
         set_key(job, policy, view)
         queue.push(job)
+        if policy.accounts:
+            policy.charge(job, view)
 
     for job in jobs(queued):
         enqueue(job)
@@ -121,6 +123,9 @@ def queue_cost(policy_name: str, rounds: int, queued: int = QUEUED) -> tuple[flo
             head = queue.head(lane_key)
             assert head is not None
             queue.pop(head, job.arrival_s)
+            if policy.accounts:
+                policy.started(head)
+                policy.settle(head)
 
     return rounds_us(rounds, 2000, run)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Final, Protocol
 
 from control_plane.clock import Clock
 from control_plane.errors import ControlPlaneError
 from control_plane.fleet import Fleet
+from control_plane.fleet.ahead import count_ahead, count_begun
 from control_plane.fleet.prefix.index import NOT_MATCHED
 from control_plane.job import Job
 from control_plane.live_state import InFlight, LiveState
@@ -20,8 +22,9 @@ _RUNNING: Final = RequestStatus.RUNNING
 
 
 class AttemptListener(Protocol):
-    """Who started an attempt and hears its end, once."""
+    """Who started an attempt and hears when its stream begins, and of its end, once."""
 
+    def attempt_began(self, attempt: Attempt) -> None: ...
     def attempt_finished(self, attempt: Attempt, outcome: EngineOutcome) -> None: ...
     def attempt_failed(self, attempt: Attempt, error: ControlPlaneError) -> None: ...
 
@@ -36,6 +39,7 @@ class Attempt:
         "_prompt_tokens",
         "_settled",
         "_waits",
+        "ahead",
         "cached",
         "call",
         "chunk",
@@ -65,6 +69,8 @@ class Attempt:
         self._in_flight.opened(self._prompt_tokens, self.started_s)
         #: prompt tokens that were expected to be in its cache, and how sure that was (``fleet.prefix``)
         self.cached: tuple[int, int] = NOT_MATCHED
+        #: it counts as work ahead on its engine: a stream that has shown no token
+        self.ahead = job.wire.stream
         #: something has reached the caller's sink: from here on the request cannot be tried elsewhere
         self.sent = False
         #: bytes go from the engine to the caller's sink without a frame of ours in between
@@ -79,10 +85,13 @@ class Attempt:
         if not job.wire.body:
             job.let_go_of_body()  # as the engine has: it is not sent again
         job.sink.started(status, headers, call)
+        if self.ahead:  # a stream's head is held until its first event
+            self._attempts.begun(self)
 
     def tokens(self, n: int, first_s: float, last_s: float) -> None:
         job = self.job
-        if self._waits:
+        begins = self._waits
+        if begins:
             self._waits = False
             self._in_flight.begun(self._prompt_tokens)
         self._in_flight.context_tokens += n
@@ -93,6 +102,9 @@ class Attempt:
         flight = self.flight
         if flight is not None:
             flight.book.tokens(flight, n, first_s, last_s)
+        if begins and job.wire.stream:
+            # all books know of its first token when others are placed because of it
+            self._listener.attempt_began(self)
         job.sink.tokens(n, first_s, last_s)
 
     def finished(self, outcome: EngineOutcome) -> None:
@@ -146,6 +158,8 @@ class Attempts:
         self._fleet = fleet
         predictor = fleet.predictor
         self._predictor = predictor if isinstance(predictor, LatencyPredictor) else None
+        #: streams that have shown no token, in the order of their sending
+        self._ahead: dict[ExecutionInstance, dict[Attempt, None]] = {}
 
     def start(self, job: Job, leg: Leg, listener: AttemptListener) -> Attempt:
         """Run ``job`` where ``leg`` says. A failure comes to ``listener.attempt_failed``, maybe at once. Raises InstanceNotFound."""
@@ -175,6 +189,27 @@ class Attempts:
                 job.request, attempt.instance, attempt.started_s, streamed=job.wire.stream, index_tokens=cached
             )
         self._fleet.placed(attempt.instance, job.predicted_ms, job.phase)
+        if attempt.ahead:
+            count_ahead(attempt.instance, job.prefill_ms)
+            self._ahead.setdefault(attempt.instance, {})[attempt] = None
+
+    def begun(self, attempt: Attempt) -> None:
+        """Its first token is there: it is no work ahead any more."""
+        attempt.ahead = False
+        there = self._ahead[attempt.instance]
+        del there[attempt]
+        if not there:
+            del self._ahead[attempt.instance]
+        count_begun(attempt.instance, attempt.job.prefill_ms)
+
+    def ahead_on(self, instance: ExecutionInstance) -> list[Attempt]:
+        """Streams there that have shown no token, oldest first."""
+        return list(self._ahead.get(instance, ()))
+
+    def oldest_ahead_s(self, instance: ExecutionInstance) -> float:
+        """When the oldest of those was sent; inf without any."""
+        there = self._ahead.get(instance)
+        return next(iter(there)).started_s if there else math.inf
 
     def closed(self, attempt: Attempt, *, well: bool) -> None:
         """An attempt leaves its instance, however it ended."""
@@ -183,6 +218,8 @@ class Attempts:
         flight = attempt.flight
         if flight is not None:
             flight.book.leave(flight, job.last_token_s if well and job.last_token_s else self.clock.now_s(), well=well)
+        if attempt.ahead:
+            self.begun(attempt)
         self._fleet.released(attempt.instance, job.predicted_ms, job.phase)
 
     def count(self, *, failed: bool) -> None:

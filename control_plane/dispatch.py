@@ -11,17 +11,20 @@ import asyncio
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from control_plane.admission import affordable, preferred
 from control_plane.errors import BudgetExhausted, ControlPlaneError, NoInstanceAvailable, RequestTimeout
 from control_plane.fleet import Fleet
+from control_plane.fleet.ahead import LEAST_TOKENS, heard_of, in_the_way, learn
 from control_plane.job import Job, LaneKey
 from control_plane.live_state import LiveState, RequestFields
 from control_plane.pd_routing import PDRoutingStrategy
 from control_plane.pd_selection import PREFILLING
 from control_plane.policies import Decided, SchedulingPolicy, as_decided, decide
+from control_plane.pulling_back import Ahead
+from control_plane.pulling_back import found as pulled_back
 from control_plane.queue import RequestQueue, set_key
 from control_plane.router import RequestRouter
 from control_plane.types import (
@@ -38,11 +41,14 @@ _SCHEDULED: Final = RequestStatus.SCHEDULED
 _GENERAL: Final = ExecutionInstanceType.GENERAL
 Launch = Callable[[Job, Leg], None]
 Fail = Callable[[Job, ControlPlaneError], None]
+#: instances that are looked at for what could give way to an urgent request
+MOST_LOOKED_AT: Final = 64
 
 
 class Dispatcher:
     """Binds queue, fleet, policy, PD routing and router. ``launch(job, leg)`` runs a decision; ``fail(job, error)`` ends a job
-    whose own policy or router failed, or took longer than ``queue_timeout_s`` since the job's arrival."""
+    whose own policy or router failed, or took longer than ``queue_timeout_s`` since the job's arrival; ``ahead_on(instance)`` tells
+    what was sent there and has shown no token, oldest first, and ``pull_back(job)`` takes one of those into the queue again."""
 
     def __init__(
         self,
@@ -54,8 +60,11 @@ class Dispatcher:
         *,
         launch: Launch,
         fail: Fail,
+        ahead_on: Callable[[ExecutionInstance], Sequence[Ahead]],
+        pull_back: Callable[[Job], None],
         window: int = 64,
         queue_timeout_s: float = math.inf,
+        finds_ahead: bool = True,
     ) -> None:
         self.queue = queue
         self.fleet = fleet
@@ -66,7 +75,13 @@ class Dispatcher:
         self.running = False
         self._launch = launch
         self._fail = fail
+        self._ahead_on = ahead_on
+        self._pull_back = pull_back
         self._queue_timeout_s = queue_timeout_s
+        #: each instance's ``dispatch_ahead_ms`` follows what is seen there
+        self._finds_ahead = finds_ahead
+        #: when each engine was last heard of
+        self._heard_s: dict[str, float] = {}
         self._room_comes = False
         self._placing: set[asyncio.Task[None]] = set()
         #: how many of them by model: one whose placing takes long holds up no other model
@@ -121,6 +136,8 @@ class Dispatcher:
                 self._serve_picked()
             else:
                 self._serve_lane(job.lane)
+                if job.queued and self._policy.pulls_back:
+                    self._pull_back_for(job)
 
     def room(self, instance: ExecutionInstance | None = None) -> None:
         """An instance may have room now (one request ended there, it came up, its cap grew). None: look at all lanes."""
@@ -139,6 +156,54 @@ class Dispatcher:
             lanes.sort(key=self._head_key)
         for lane in lanes:
             self._serve_lane(lane)
+
+    def began(self, job: Job, instance: ExecutionInstance, sent_s: float, ready_s: float) -> None:
+        """A first token of ``job`` came there, which was sent at ``sent_s``: the engine has room for the next prompt. ``ready_s``: when
+        the oldest of those that had shown none until now was sent."""
+        live: LiveState = instance
+        now_s = self.fleet.now_s
+        if len(self.queue):
+            self.queue.began(job.lane, now_s - sent_s - job.prefill_ms / 1000.0)
+            if self._finds_ahead:
+                learn(live, ready_s, now_s, self.fleet.predictor.prefill_ms(instance, LEAST_TOKENS))
+            self.room(instance)
+        live.began_s = now_s
+        live.held_back = bool(len(self.queue))
+
+    def look_at_waiting(self) -> None:
+        """What the engines told last of the requests that wait there. Looked at once a tick while requests wait here."""
+        if not self._finds_ahead or not len(self.queue):
+            return
+        heard, seen = {}, self._heard_s
+        for instance in self.fleet.instances():
+            stats, name = instance.engine, instance.instance_id
+            heard[name] = heard_of(instance, stats.waiting, stats.at_s, seen.get(name, 0.0))
+        self._heard_s = heard
+
+    def pull_back_for_heads(self) -> None:
+        """Whoever is next in a lane may have become urgent. Looked at once a tick."""
+        if self.running and self._policy.pulls_back:
+            for lane in self.queue.lanes:
+                head = self.queue.head(lane)
+                if head is not None:
+                    self._pull_back_for(head)
+
+    def _pull_back_for(self, job: Job) -> None:
+        """``job`` found no room: perhaps something that was sent ahead of it gives way."""
+        lane = job.lane
+        if self._picks_next or self._places_itself or self._selects_async or self.queue.head(lane) is not job:
+            return
+        places = [(instance, self._ahead_on(instance)) for instance in self.fleet.eligible(lane, MOST_LOOKED_AT)]
+        found = pulled_back(job, places, self.fleet.now_s, self.queue.wait_there_s(lane))
+        if found is None:
+            return
+        for given in found.jobs:
+            self._pull_back(given)
+        self._place(job, [found.instance])
+        if found.jobs:
+            if self._finds_ahead:
+                in_the_way(found.instance, self.fleet.predictor.prefill_ms(found.instance, LEAST_TOKENS))
+            self.room(found.instance)
 
     def room_soon(self) -> None:
         """Requests were cancelled. Looked at once those that are being cancelled together are gone: they should not be sent first."""
@@ -275,6 +340,8 @@ class Dispatcher:
 
     def _start(self, job: Job, decided: Decided, phase: ExecutionInstanceType | None) -> None:
         if job.queued:
+            if self._policy.relegates and not job.work_ms:
+                job.work_ms = self._policy.work_ms(job.request, self.fleet)
             self.queue.pop(job, self.fleet.now_s)
         job.decided = decided
         job.cost_usd = decided.estimated_cost
@@ -286,6 +353,8 @@ class Dispatcher:
             if service_ms is None:
                 service_ms = max(0.0, decided.estimated_latency_ms - self.fleet.predictor.wait_ms(instance))
             job.predicted_ms = service_ms
+            if job.wire.stream:
+                job.prefill_ms = self.fleet.predictor.prefill_ms(instance, job.input_tokens)
             live: LiveState = instance
             if live.decoding_config is not None or job.filled_in:
                 lend_target(job, instance)

@@ -73,6 +73,23 @@ class Texts(NamedTuple):
         return "a list of strings"
 
 
+class Weights(NamedTuple):
+    """Numbers above 0 by name."""
+
+    none: str | None = None
+
+    def takes(self, value: object) -> bool:
+        if value is None:
+            return self.none is not None
+        weight = Number(above=True)
+        return isinstance(value, Mapping) and all(
+            isinstance(name, str) and each is not None and weight.takes(each) for name, each in value.items()
+        )
+
+    def __str__(self) -> str:
+        return "a dict of names and numbers above 0" + (f", or None for {self.none}" if self.none else "")
+
+
 _TEXT = Kind(str, "a string")
 _TEXT_OR_NONE = Kind(str, "a string", "nothing")
 _FLAG = Kind(bool, "True or False")
@@ -166,6 +183,8 @@ MANAGER: Final[Mapping[str, Rule]] = {
     "history_max_age_s": _WAIT,
     "metrics_window_s": Number(above=True),
     "dispatch_window": _COUNT,
+    "tenant_weights": Weights("no weights"),
+    "dispatch_ahead_ms": Number(above=True, none="found for each instance"),
     "max_attempts": _COUNT,
 }
 

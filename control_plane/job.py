@@ -56,6 +56,8 @@ class Job:
         "owner",
         "phase",
         "predicted_ms",
+        "prefill_ms",
+        "pulled_back",
         "queued",
         "relegated",
         "request",
@@ -69,6 +71,7 @@ class Job:
         "unreached_since_s",
         "usage",
         "wire",
+        "work_ms",
     )
 
     def __init__(
@@ -99,11 +102,15 @@ class Job:
         #: last moment at which starting still meets the deadline; +inf without one
         self.latest_start_s = float("inf")
         self.relegated = False
+        #: predicted milliseconds of an instance that it takes up; 0.0: not asked yet
+        self.work_ms = 0.0
         #: in a lane of the queue right now
         self.queued = False
         self.state = _PENDING
         #: how often it was sent to an engine that it reached
         self.attempts = 0
+        #: how often it was taken back from an engine for a more urgent one
+        self.pulled_back = 0
         #: instances that it reached and that failed under it
         self.tried: frozenset[str] = frozenset()
         #: since when no engine could even be connected to; 0.0: not so
@@ -111,6 +118,8 @@ class Job:
         self.input_tokens = 0
         self.output_tokens = 0
         self.predicted_ms = 0.0
+        #: predicted prefill where it runs
+        self.prefill_ms = 0.0
         self.phase: str | None = None
         self.decided: Decided | None = None
         #: what it is predicted to cost where it runs

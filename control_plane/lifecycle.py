@@ -182,7 +182,8 @@ class RequestLifecycle:
         """Admit it where it can be judged already. The instances with room where it may start at once, before anybody waits; else None,
         and it is in the queue. Raises what :meth:`accept` raises and leaves nothing behind."""
         room: list[ExecutionInstance] | None = None
-        if self.running and job.lane.model:
+        judged = self.running and bool(job.lane.model)
+        if judged:
             room = self._admit(job, named=named)
         else:
             self._postpone(job)
@@ -193,6 +194,8 @@ class RequestLifecycle:
             room = None
             self.queue.push(job)
         job.hold_body(self._memory)
+        if judged and self.dispatcher.policy.accounts:
+            self.dispatcher.policy.charge(job, self._fleet)
         return room
 
     def _postpone(self, job: Job) -> None:
@@ -261,13 +264,18 @@ class RequestLifecycle:
             fields.model_name = lane.model
         self._estimate_input(job)
         if fields.cost_budget is not None or fields.when_late == "reject":
-            # what waits ahead in its lane, at the pace of the requests started there lately
-            wait_ms = 0.0 if room else self.queue.present_wait_s(lane) * 1000.0
+            wait_ms = 0.0 if room else self._wait_ms(job)
             admit(request, self._fleet.eligible(lane), self._fleet, wait_ms)
         if not job.wire.path:
             job.wire = build_wire(request, lane.kind, lane.model, stream=job.wire.stream)
         set_key(job, self.dispatcher.policy, self._fleet)
         return room
+
+    def _wait_ms(self, job: Job) -> float:
+        """What it would wait in the queue behind those that its policy puts before it."""
+        policy, view = self.dispatcher.policy, self._fleet
+        set_key(job, policy, view)
+        return 1000.0 * self.queue.wait_ahead_s(job.lane, job.key, policy.work_ms(job.request, view) if policy.relegates else 0.0)
 
     def _check_kind(self, lane: LaneKey) -> None:
         """Raises InvalidRequest for a model of which no instance takes this kind."""
@@ -333,6 +341,8 @@ class RequestLifecycle:
                 job.lane = job.lane._replace(model=self._lane_model(job.lane.model, job.wire))
                 if job.lane.model:
                     self._admit(job)
+                    if self.dispatcher.policy.accounts:
+                        self.dispatcher.policy.charge(job, self._fleet)
                 self.queue.requeue(job)
             except ControlPlaneError as error:
                 self.end_failed(job, error)
@@ -353,6 +363,8 @@ class RequestLifecycle:
     def launch(self, job: Job, leg: Leg) -> None:
         job.scheduled_s = now_s = self._clock.now_s()
         job.attempts += 1
+        if self.dispatcher.policy.accounts:
+            self.dispatcher.policy.started(job)
         fields: RequestFields = job.request
         arrival = fields.arrival_time if now_s - job.arrival_s < AT_ONCE_S else None
         now = arrival or self._clock.utc(now_s)
@@ -371,6 +383,22 @@ class RequestLifecycle:
             if self.learner is not None and prefixes.returns(request, instance):
                 self.learner.consider(request, job.wire, instance)
             attempt.cached = prefixes.sent(request, instance)
+
+    def attempt_began(self, attempt: Attempt) -> None:
+        """Its first token is there: the engine has room for the next prompt."""
+        # an engine that orders by priority may have passed older ones, which were ready
+        ready_s = min(attempt.started_s, self._runner.oldest_ahead_s(attempt.instance))
+        self.dispatcher.began(attempt.job, attempt.instance, attempt.started_s, ready_s)
+
+    def pull_back(self, job: Job) -> None:
+        """Take a request, of which its client has seen nothing, from its engine into the queue again, for a more urgent one."""
+        attempt = self._attempts.pop(job.request_id)
+        attempt.cancel()
+        job.attempts -= 1
+        job.pulled_back += 1
+        job.state = _QUEUED
+        self._metrics.on_retried(job)
+        self.dispatcher.put_back(job)
 
     def attempt_finished(self, attempt: Attempt, outcome: EngineOutcome) -> None:
         """The executor reports a good end."""
@@ -509,6 +537,8 @@ class RequestLifecycle:
             for waiter in waiters:
                 if not waiter.done():
                     waiter.set_result(None)
+        if self.dispatcher.policy.accounts:
+            self.dispatcher.policy.settle(job)
         if self._tells_policy:
             self._tell_policy(job)
         if job.filled_in:

@@ -31,6 +31,11 @@ class LiveState:
     prefilling_active_requests: Any
     decoding_active_requests: Any
     outstanding_ms: Any
+    ahead_requests: Any
+    ahead_ms: Any
+    dispatch_ahead_ms: Any
+    began_s: Any
+    held_back: Any
     price_per_gpu_hour_usd: Any
     supported_request_types: Any
     url: Any
@@ -111,6 +116,11 @@ LIVE_FIELDS = (
     "prefilling_active_requests",
     "decoding_active_requests",
     "outstanding_ms",
+    "ahead_requests",
+    "ahead_ms",
+    "dispatch_ahead_ms",
+    "began_s",
+    "held_back",
     "price_per_gpu_hour_usd",
     "supported_request_types",
     "url",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from random import Random
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -52,6 +52,8 @@ from control_plane.types import (
 
 #: how often deadlines, time limits and the adaptive policy are looked at
 TICK_S = 0.25
+#: relegation is said at most once in so many seconds
+RELEGATION_SAID_S = 10.0
 
 
 class ControlPlaneManager:
@@ -60,7 +62,7 @@ class ControlPlaneManager:
     Constructing it needs no running event loop; :meth:`start` does. All calls belong to one loop and thread.
 
     Args:
-        scheduling_policy: a name (fifo, priority, slo_aware, cost_optimized, adaptive), ``"module:Class"``, or an object.
+        scheduling_policy: a name (fifo, priority, slo_aware, cost_optimized, fair_share, adaptive), ``"module:Class"``, or an object.
         routing_strategy: a name (load_balanced, round_robin, random, power_of_two, least_response_time, affinity, locality,
             prefix_aware, predicted_latency, adaptive), ``"module:Class"``, or an object.
         enable_pd_separation: prefer specialised instances by a request's phase; off too when ``pd_config.enabled`` is False.
@@ -77,6 +79,9 @@ class ControlPlaneManager:
         history_max_requests, history_max_age_s: how many finished requests are remembered, and how long.
         metrics_window_s: rates and quantiles cover this much of the past.
         dispatch_window: how many waiting requests the dispatcher looks at for an instance with room; 1 is strict order.
+        dispatch_ahead_ms: predicted milliseconds of prompts that are sent to an engine before their first token; what is beyond waits here.
+            None: found for each instance, so that it never runs dry.
+        tenant_weights: shares of tenants under fair_share, and under adaptive while that chose it; 1.0 for those that are not named.
         max_attempts: how many engines one request may reach in all.
         health: intervals and thresholds of probing and outlier detection.
         prefix: what is kept and learned of which prompts' beginnings are cached where.
@@ -109,6 +114,8 @@ class ControlPlaneManager:
         history_max_age_s: float = 3600.0,
         metrics_window_s: float = 60.0,
         dispatch_window: int = 64,
+        dispatch_ahead_ms: float | None = None,
+        tenant_weights: Mapping[str, float] | None = None,
         max_attempts: int = 2,
         health: HealthSettings | None = None,
         prefix: PrefixSettings | None = None,
@@ -128,6 +135,8 @@ class ControlPlaneManager:
         self.clock = clock or SystemClock()
         self.events = EventLog(self.clock)
         self.drain_timeout_s = drain_timeout_s
+        self._dispatch_ahead_ms = dispatch_ahead_ms
+        self._tenant_weights = dict(tenant_weights or {})
         self.enable_monitoring = enable_monitoring
         self.pd_config = pd_config or PDSeparationConfig()
         #: both switches; :attr:`pd_router` is there exactly then
@@ -190,8 +199,11 @@ class ControlPlaneManager:
             self.pd_router,
             launch=self.lifecycle.launch,
             fail=self.lifecycle.end_failed,
+            ahead_on=self.executor.attempts.ahead_on,
+            pull_back=self.lifecycle.pull_back,
             window=dispatch_window,
             queue_timeout_s=queue_timeout_s,
+            finds_ahead=dispatch_ahead_ms is None,
         )
         self.lifecycle.bind(self._dispatcher)
         self.fleet.on_change = self._instance_changed
@@ -207,6 +219,9 @@ class ControlPlaneManager:
         )
         #: SLO violations at the last ticks, so that the adaptive policy sees those of the last ten seconds
         self._violations: deque[int] = deque([0], maxlen=int(10 / TICK_S))
+        #: requests relegated since it was said last, and when that was
+        self._relegated = 0
+        self._relegation_said_s = -RELEGATION_SAID_S
         self._tick_handle: asyncio.TimerHandle | None = None
         #: a policy whose review raised
         self._review_failed: SchedulingPolicy | None = None
@@ -240,6 +255,8 @@ class ControlPlaneManager:
 
     def register_instance(self, instance: ExecutionInstance) -> None:
         """Add an engine; the object stays live: what its owner sets on it counts. Raises InvalidRequest for an id taken."""
+        if self._dispatch_ahead_ms is not None:
+            instance.dispatch_ahead_ms = self._dispatch_ahead_ms
         self.executor.register_instance(instance)
         self._tell_policy(self.scheduling_policy, instance)
 
@@ -419,12 +436,23 @@ class ControlPlaneManager:
             self.lifecycle.give_up_hung(now_s)
             self._records.forget_old()
             if self.scheduling_policy.relegates:
-                self.queue.relegate_due(now_s)
+                self._review_backlog(now_s)
+            self._dispatcher.look_at_waiting()
+            self._dispatcher.pull_back_for_heads()
             self._instance_changed()
             self._violations.append(self.metrics.slo_violations)
             self._review_policy()
         finally:
             self._tick_handle = asyncio.get_running_loop().call_later(TICK_S, self._tick)
+
+    def _review_backlog(self, now_s: float) -> None:
+        """What cannot start in time any more goes behind what can; said at most once in RELEGATION_SAID_S."""
+        moved, restored = self.queue.review(self.scheduling_policy, self.fleet)
+        self._relegated += moved - restored
+        if self._relegated > 0 and now_s >= self._relegation_said_s + RELEGATION_SAID_S:
+            count, queued, self._relegated, self._relegation_said_s = self._relegated, len(self.queue), 0, now_s
+            message = f"{count} requests cannot start in time any more and go behind the others ({queued} wait)"
+            self.events.event("requests_relegated", message, count=count, queued=queued)
 
     def _instance_changed(self, instance: ExecutionInstance | None = None) -> None:
         self.lifecycle.models_told()
@@ -450,6 +478,8 @@ class ControlPlaneManager:
         """A policy's own ``schedule`` answers with what dispatch would decide."""
         policy.view_of = lambda _: self.fleet
         policy.place_with = self._dispatcher.decide
+        if self._tenant_weights:
+            policy.weigh(self._tenant_weights)
 
     def update_policy(self, scheduling_policy: str | SchedulingPolicy | object) -> None:
         """Change the order at run time: what waits is re-keyed once and loses nothing.
@@ -480,10 +510,11 @@ class ControlPlaneManager:
         if policy is self._review_failed:
             return
         try:
-            if (why := policy.review(self._queue_state())) is not None:
+            state = self._queue_state()
+            if (why := policy.review(state)) is not None:
                 self._dispatcher.policy = policy  # it is asked anew what it does
                 self.queue.rekey(policy, self.fleet)
-                self.events.event("policy_switched", why, policy=policy.name)
+                self.events.event("policy_switched", why, policy=policy.name, **asdict(state))
         except Exception as error:  # the user's own: said once, not four times a second
             self._review_failed = policy
             message = f"review of the scheduling policy {policy.name} failed and is asked no more: {error!r}"

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from control_plane.errors import ConfigurationError, ControlPlaneError, QueueFull
+from control_plane.feasible import CLASS_WORTH, Pace, left_out
 from control_plane.job import Job, LaneKey
 from control_plane.protocols import FleetView
 from control_plane.types import ExecutionInstance, RequestMetadata
@@ -22,7 +23,7 @@ from control_plane.view import NoPrefixes
 
 MAX_QUEUED_REQUESTS = 10_000
 MAX_QUEUED_BYTES = 1 << 30
-#: while both wait, one of so many starts of a lane is a relegated request, so that none of them starves
+#: while both wait, one part in so many of what a lane starts, by predicted work, are relegated requests, so that none of them starves
 RELEGATED_TURN = 16
 #: weight of one start in a lane's mean wait
 WAIT_WEIGHT = 0.1
@@ -30,6 +31,11 @@ COMPACT_ABOVE = 64
 #: waiting requests looked at for a QueueState, so that a review's cost has a bound
 STATE_SAMPLE = 1024
 MAX_RETRY_AFTER_S = 60.0
+#: waiting requests of a lane that a review goes through, in their order
+MAX_REVIEWED = 2048
+MAX_PACES = 1024
+#: waiting requests of a lane that are looked at to find how many go before a newcomer
+WAIT_SAMPLE = 256
 
 #: (key, seq, entry number, job); the number is unique, so jobs are never compared
 _Entry = tuple[float, int, int, Job]
@@ -38,9 +44,14 @@ _Entry = tuple[float, int, int, Job]
 class QueueOrder(Protocol):
     """The part of a scheduling policy that the queue needs."""
 
+    @property
+    def accounts(self) -> bool: ...
+    def begin_accounts(self) -> None: ...
+    def charge(self, job: Job, view: FleetView) -> None: ...
     def key(self, request: RequestMetadata, arrival_s: float, view: FleetView) -> float: ...
     def latest_start_s(self, request: RequestMetadata, arrival_s: float, view: FleetView) -> float: ...
     def slack_s(self, job: Job, now_s: float, present_wait_s: float) -> float: ...
+    def work_ms(self, request: RequestMetadata, view: FleetView) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +63,7 @@ class QueueState:
     oldest_wait_s: float = 0.0
     deadline_share: float = 0.0
     distinct_priorities: int = 0
+    distinct_tenants: int = 0
     predicted_wait_s: float = 0.0
     utilisation: float = 0.0
     misses_lately: int = 0
@@ -78,6 +90,23 @@ def _ordered_by(job: Job, policy: QueueOrder, view: FleetView) -> tuple[float, f
     return key, latest_start_s
 
 
+def _all_ordered_by(jobs: list[Job], policy: QueueOrder, view: FleetView) -> list[tuple[Job, float, float]]:
+    """Each job with its key and latest start. Where keys depend on those given before, they are given in the order of acceptance."""
+    if not policy.accounts:
+        return [(job, *_ordered_by(job, policy, view)) for job in jobs]
+    policy.begin_accounts()
+    fresh = []
+    for job in sorted(jobs, key=lambda job: job.seq):
+        key, latest_start_s = _ordered_by(job, policy, view)
+        before, job.key = job.key, key
+        try:
+            policy.charge(job, view)
+        finally:
+            job.key = before
+        fresh.append((job, key, latest_start_s))
+    return fresh
+
+
 def relative_slack_s(job: Job, now_s: float, present_wait_s: float, patience: float = 1.0) -> float:
     """How long a job may still be passed: until its latest start, without one until it has waited ``1 + patience`` times the wait
     that its lane's requests have at present, so the bound grows and shrinks with the queue."""
@@ -87,22 +116,19 @@ def relative_slack_s(job: Job, now_s: float, present_wait_s: float, patience: fl
 
 
 class _Lane:
-    __slots__ = ("key", "late", "live", "live_late", "main", "since_late", "wait_s")
+    __slots__ = ("key", "late", "live", "live_late", "main", "pace", "since_late_ms", "wait_s")
 
-    def __init__(self, key: LaneKey) -> None:
+    def __init__(self, key: LaneKey, pace: Pace) -> None:
         self.key = key
+        self.pace = pace
         self.main: list[_Entry] = []
         self.late: list[_Entry] = []
         self.live = 0
         self.live_late = 0
-        #: starts since the last relegated one
-        self.since_late = 0
+        #: work that started since the last relegated one
+        self.since_late_ms = 0.0
         #: mean wait of the requests started lately
         self.wait_s = 0.0
-
-    @property
-    def late_has_turn(self) -> bool:
-        return self.live_late > 0 and (self.live == self.live_late or self.since_late >= RELEGATED_TURN - 1)
 
 
 class RequestQueue:
@@ -125,6 +151,8 @@ class RequestQueue:
         #: each waiting job and the number of its valid entry, in order of acceptance
         self._numbers: dict[Job, int] = {}
         self._due: list[tuple[float, int, Job]] = []
+        #: outlives the lanes, which end whenever nobody waits in them
+        self._paces: dict[LaneKey, Pace] = {}
         self._next_number = itertools.count(1).__next__
         self._next_seq = itertools.count(1).__next__
 
@@ -166,7 +194,8 @@ class RequestQueue:
     def pop(self, job: Job, now_s: float | None = None) -> Job:
         """Take a job out to start it now: its wait counts towards the lane's present wait, its turn towards the relegated."""
         lane = self._lanes[job.lane]
-        lane.since_late = 0 if job.relegated else lane.since_late + 1
+        lane.since_late_ms = 0.0 if job.relegated else lane.since_late_ms + (job.work_ms or 1.0)
+        lane.pace.started(job.work_ms)
         if now_s is not None:
             lane.wait_s += WAIT_WEIGHT * (now_s - job.arrival_s - lane.wait_s)
         self.remove(job)
@@ -175,7 +204,8 @@ class RequestQueue:
     def _put(self, job: Job) -> None:
         lane = self._lanes.get(job.lane)
         if lane is None:
-            lane = self._lanes[job.lane] = _Lane(job.lane)
+            lane = self._lanes[job.lane] = _Lane(job.lane, self._pace(job.lane))
+            lane.pace.begin(job.arrival_s)
         number = self._next_number()
         self._numbers[job] = number
         heapq.heappush(lane.main, (job.key, job.seq, number, job))
@@ -184,6 +214,14 @@ class RequestQueue:
         job.queued = True
         if job.latest_start_s < math.inf:
             heapq.heappush(self._due, (job.latest_start_s, number, job))
+
+    def _pace(self, lane: LaneKey) -> Pace:
+        found = self._paces.get(lane)
+        if found is None:
+            if len(self._paces) >= MAX_PACES:
+                self._paces.clear()
+            found = self._paces[lane] = Pace()
+        return found
 
     def _forget(self, job: Job) -> None:
         del self._numbers[job]
@@ -242,19 +280,49 @@ class RequestQueue:
         found = self._lanes.get(lane)
         return found.wait_s if found is not None else 0.0
 
-    def head(self, lane: LaneKey) -> Job | None:
-        """Who is next there: the smallest key, every RELEGATED_TURN-th time the first of the relegated."""
+    def wait_there_s(self, lane: LaneKey) -> float:
+        """What requests of this lane wait at the engines, beyond their own prefill; a mean of those that began while others waited."""
+        found = self._paces.get(lane)
+        return found.there_s if found is not None else 0.0
+
+    def wait_ahead_s(self, lane: LaneKey, key: float, work_ms: float = 0.0) -> float:
+        """How long a request with this key would wait here, behind those that go before it: their share of a sample of WAIT_SAMPLE of
+        the lane, at the lane's pace. Where no pace is known yet, the mean wait of those that started lately."""
         found = self._lanes.get(lane)
-        return None if found is None else self._top(found.late if found.late_has_turn else found.main)
+        if found is None:
+            return 0.0
+        main = found.main
+        step = max(1, len(main) // WAIT_SAMPLE)
+        sample = [entry for entry in main[::step] if self._numbers.get(entry[3]) == entry[2]]
+        before = [entry[3] for entry in sample if entry[0] <= key]
+        pace = found.pace.work_ms_per_s
+        if not pace:
+            return found.wait_s * (len(before) / len(sample)) if sample else 0.0
+        if not before:
+            return 0.0
+        known = [job.work_ms for job in before if job.work_ms]
+        mean_ms = sum(known) / len(known) if known else work_ms
+        return (found.live - found.live_late) * (len(before) / len(sample)) * mean_ms / pace
+
+    def head(self, lane: LaneKey) -> Job | None:
+        """Who is next there: the smallest key; the first of the relegated once RELEGATED_TURN - 1 times its work has started before it."""
+        found = self._lanes.get(lane)
+        return None if found is None else self._top(found.late if self._late_has_turn(found) else found.main)
 
     def window(self, lane: LaneKey, n: int) -> list[Job]:
         """The first ``n`` waiting jobs of a lane in the order of starting."""
         found = self._lanes.get(lane)
         if found is None or n < 1:
             return []
-        heaps = (found.late, found.main) if found.late_has_turn else (found.main, found.late)
+        heaps = (found.late, found.main) if self._late_has_turn(found) else (found.main, found.late)
         jobs = self._first(heaps[0], n)
         return jobs if len(jobs) >= n else jobs + self._first(heaps[1], n - len(jobs))
+
+    def _late_has_turn(self, lane: _Lane) -> bool:
+        if not lane.live_late or lane.live == lane.live_late:
+            return lane.live_late > 0
+        first = self._top(lane.late)
+        return first is not None and lane.since_late_ms >= (RELEGATED_TURN - 1) * (first.work_ms or 1.0)
 
     def _top(self, heap: list[_Entry]) -> Job | None:
         numbers = self._numbers
@@ -291,7 +359,7 @@ class RequestQueue:
         passed whose slack is used up. A window of 1 is the strict order, and so is a fleet of which no cached prefix is known.
         """
         found = self._lanes.get(lane)
-        if found is None or window <= 1 or found.live <= 1 or found.late_has_turn or isinstance(view.prefixes, NoPrefixes):
+        if found is None or window <= 1 or found.live <= 1 or self._late_has_turn(found) or isinstance(view.prefixes, NoPrefixes):
             return self.head(lane)
         return _best_of(self.window(lane, window), found.wait_s, policy, instance, view)
 
@@ -304,15 +372,64 @@ class RequestQueue:
             _, number, job = heapq.heappop(self._due)
             if self._numbers.get(job) != number or job.relegated:
                 continue
-            lane = self._lanes[job.lane]
-            if not lane.live_late:
-                lane.since_late = 0
-            job.relegated = True
-            self._numbers[job] = fresh = self._next_number()
-            heapq.heappush(lane.late, (job.key, job.seq, fresh, job))
-            lane.live_late += 1
+            self._move(job, self._lanes[job.lane])
             moved.append(job)
         return moved
+
+    def _move(self, job: Job, lane: _Lane) -> None:
+        """Behind the others of its lane, or back among them."""
+        self._numbers[job] = fresh = self._next_number()
+        entry = (job.key, job.seq, fresh, job)
+        if job.relegated:
+            job.relegated = False
+            lane.live_late -= 1
+            heapq.heappush(lane.main, entry)
+            heapq.heappush(self._due, (job.latest_start_s, fresh, job))
+            return
+        if not lane.live_late:
+            lane.since_late_ms = 0.0
+        job.relegated = True
+        lane.live_late += 1
+        heapq.heappush(lane.late, entry)
+
+    def began(self, lane: LaneKey, there_s: float) -> None:
+        """A request of this lane had its first token, ``there_s`` after it was sent, without its own prefill."""
+        found = self._lanes.get(lane)
+        if found is not None:
+            found.pace.began(there_s)
+
+    def review(self, policy: QueueOrder, view: FleetView) -> tuple[int, int]:
+        """Relegate those that cannot start in time, so that as many others as possible can; how many were moved back, and how many
+        came to the fore again. Looked at once a tick, and each time at the first MAX_REVIEWED of a lane only."""
+        if not self._numbers:
+            return 0, 0
+        now_s = view.now_s
+        due = self.relegate_due(now_s)
+        for job in due:
+            job.work_ms = job.work_ms or policy.work_ms(job.request, view)
+        moved, restored = len(due), 0
+        for lane in list(self._lanes.values()):
+            pace = lane.pace
+            pace.look(now_s)
+            if not pace.work_ms_per_s:
+                continue
+            jobs = [job for job in self._first(lane.late, MAX_REVIEWED) if job.latest_start_s > now_s + pace.there_s]
+            jobs = sorted(self._first(lane.main, MAX_REVIEWED) + jobs, key=_in_order)[:MAX_REVIEWED]
+            for job in jobs:
+                job.work_ms = job.work_ms or policy.work_ms(job.request, view)
+            out = left_out(
+                [job.work_ms for job in jobs],
+                [job.latest_start_s - now_s - pace.there_s for job in jobs],
+                [CLASS_WORTH[job.request.priority] for job in jobs],
+                pace.work_ms_per_s,
+            )
+            hopeless = set(out)
+            for at, job in enumerate(jobs):
+                if job.relegated != (at in hopeless):
+                    moved += not job.relegated
+                    restored += job.relegated
+                    self._move(job, lane)
+        return moved, restored
 
     def rekey(self, policy: QueueOrder, view: FleetView) -> None:
         """Order everything anew by another policy.
@@ -320,10 +437,10 @@ class RequestQueue:
         Equal keys keep the order of acceptance; the relegated are judged again. Raises ConfigurationError where the policy fails or
         its key is no number, and then nothing has changed.
         """
-        fresh = [(job, *_ordered_by(job, policy, view)) for job in self._numbers]
+        fresh = _all_ordered_by(list(self._numbers), policy, view)
         self.order += 1
         for lane in self._lanes.values():
-            lane.main, lane.late, lane.live_late, lane.since_late = [], [], 0, 0
+            lane.main, lane.late, lane.live_late, lane.since_late_ms = [], [], 0, 0.0
         for job, key, latest_start_s in fresh:
             job.key, job.latest_start_s, job.relegated, job.order = key, latest_start_s, False, self.order
             self._lanes[job.lane].main.append((key, job.seq, self._numbers[job], job))
@@ -351,11 +468,16 @@ class RequestQueue:
             oldest_wait_s=now_s - sample[0].arrival_s if sample else 0.0,
             deadline_share=with_target / len(sample) if sample else 0.0,
             distinct_priorities=len({job.request.priority for job in sample}),
+            distinct_tenants=len({job.request.tenant for job in sample}),
             predicted_wait_s=predicted_wait_s,
             utilisation=utilisation,
             misses_lately=misses_lately,
             prices_differ=prices_differ,
         )
+
+
+def _in_order(job: Job) -> tuple[float, int]:
+    return job.key, job.seq
 
 
 def _best_of(jobs: list[Job], wait_s: float, policy: QueueOrder, instance: ExecutionInstance, view: FleetView) -> Job | None:

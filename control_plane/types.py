@@ -415,6 +415,14 @@ class ExecutionInstance(LiveState):
     profile: str | None = None
     #: predicted milliseconds of work placed here and not finished (written by the fleet)
     outstanding_ms: float = 0.0
+    #: streamed requests placed here that have shown no token yet, and their predicted prefill (written by the fleet)
+    ahead_requests: int = 0
+    ahead_ms: float = 0.0
+    #: predicted prefill that may be ahead here; found by whether the engine runs dry (written by the fleet)
+    dispatch_ahead_ms: float = 500.0
+    #: monotonic seconds of the last first token of a request here, and whether others were held back after it (written by the dispatcher)
+    began_s: float = -math.inf
+    held_back: bool = False
     #: in-flight cap learned from the engine (written by the fleet); None: none seen yet
     learned_concurrency: int | None = None
     #: runs ``--scheduling-policy priority``: the wire's integer priority is sent there

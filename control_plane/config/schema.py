@@ -180,6 +180,10 @@ class ControlPlaneConfig(BaseSettings):
     """Model of a request that names none; left out, the only model there is."""
     dispatch_window: Count = 64
     """How many of the waiting requests an instance with room chooses from; 1 is strict order."""
+    dispatch_ahead_ms: Annotated[float, BeforeValidator(_no_truth), Field(gt=0, allow_inf_nan=False)] | None = None
+    """Predicted milliseconds of prompts sent to an engine before their first token; left out, found for each instance."""
+    tenant_weights: dict[str, Annotated[float, BeforeValidator(_no_truth), Field(gt=0, allow_inf_nan=False)]] | None = None
+    """Shares of tenants under `fair_share`; 1.0 for those that are not named."""
     queue_max_requests: Count = 10_000
     queue_max_bytes: Count = 1024 * 1024 * 1024
     max_body_memory_bytes: Count | None = None

@@ -8,6 +8,7 @@ the address is, holds for every rank.
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Final
@@ -67,6 +68,7 @@ def make_rank(server: ExecutionInstance, number: int) -> ExecutionInstance:
     rank.server, rank.data_parallel_rank, rank.ranks = server, number, ()
     rank.data_parallel_size = 1
     rank.engine, rank.in_flight = EngineStats(prefix_caching=server.engine.prefix_caching), InFlight()
+    rank.ahead_requests, rank.ahead_ms, rank.began_s, rank.held_back = 0, 0.0, -math.inf, False
     rank.active_requests = rank.prefilling_active_requests = rank.decoding_active_requests = 0
     rank.current_load = rank.outstanding_ms = rank.others_requests = rank.saturation = 0.0
     rank.avg_latency_ms = rank.throughput_tokens_per_sec = 0.0

@@ -10,6 +10,7 @@ from typing import Any, Final
 from control_plane.clock import Clock
 from control_plane.errors import EngineError, InstanceFailed, InstanceNotFound, InvalidRequest, OutOfDescriptors
 from control_plane.field_rules import wrong
+from control_plane.fleet.ahead import takes_more
 from control_plane.fleet.health import HealthMonitor
 from control_plane.fleet.in_flight import count_in, count_out, role_has_room
 from control_plane.fleet.outliers import Failure, classify
@@ -227,7 +228,7 @@ class Fleet:
 
     def has_room(self, instance: ExecutionInstance, phase: str | None = None) -> bool:
         """It may be given one more request (in that role: ``prefilling`` or ``decoding``) as far as caps and trials go."""
-        if instance.active_requests >= instance.concurrency_limit:
+        if instance.active_requests >= instance.concurrency_limit or not takes_more(instance):
             return False
         trials = self._status.trials
         if trials and (record := trials.get(instance.server_id)) is not None and record.trial_placed >= self._settings.trial_requests:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from control_plane.clock import Clock
+from control_plane.fleet.ahead import READY, takes_more
 from control_plane.fleet.ranks import follow, follow_state
 from control_plane.live_state import LiveState
 from control_plane.types import ExecutionInstance, ExecutionInstanceType, HealthStatus, RequestKind
@@ -117,12 +118,15 @@ def usable(instances: list[ExecutionInstance], kind: RequestKind) -> list[Execut
 
 
 def roomy(instances: list[ExecutionInstance]) -> list[ExecutionInstance]:
-    """Below their cap: ``active_requests < concurrency_limit``, which is only called where there may be one."""
+    """Below their cap, and with no more work ahead than keeps them full."""
     return [
         instance
         for instance in instances
-        if (instance.max_concurrent_requests is None and instance.learned_concurrency is None)
-        or instance.active_requests < instance.concurrency_limit
+        if takes_more(instance)
+        and (
+            (instance.max_concurrent_requests is None and instance.learned_concurrency is None)
+            or instance.active_requests < instance.concurrency_limit
+        )
     ]
 
 
@@ -140,6 +144,8 @@ def free(instances: list[ExecutionInstance], kind: RequestKind) -> list[Executio
             if kind not in supported:
                 continue
         elif live.instance_type is not _GENERAL and not instance.can_do(kind):
+            continue
+        if live.ahead_requests >= READY and live.ahead_ms >= live.dispatch_ahead_ms:
             continue
         if (live.max_concurrent_requests is None and live.learned_concurrency is None) or live.active_requests < instance.concurrency_limit:
             found.append(instance)

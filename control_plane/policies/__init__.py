@@ -7,6 +7,7 @@ from control_plane.policies.adaptive import AdaptivePolicy
 from control_plane.policies.base import SchedulingPolicy
 from control_plane.policies.cost_optimized import CostOptimizedPolicy
 from control_plane.policies.decision import Decided, as_decided, decide
+from control_plane.policies.fair_share import FairSharePolicy
 from control_plane.policies.fifo import FIFOPolicy
 from control_plane.policies.foreign import ForeignPolicy
 from control_plane.policies.hooks import call_hook
@@ -14,7 +15,7 @@ from control_plane.policies.priority import PriorityPolicy
 from control_plane.policies.slo_aware import SLOAwarePolicy
 
 POLICIES: dict[str, type[SchedulingPolicy]] = {
-    policy.name: policy for policy in (FIFOPolicy, PriorityPolicy, SLOAwarePolicy, CostOptimizedPolicy, AdaptivePolicy)
+    policy.name: policy for policy in (FIFOPolicy, PriorityPolicy, SLOAwarePolicy, CostOptimizedPolicy, FairSharePolicy, AdaptivePolicy)
 }
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "CostOptimizedPolicy",
     "Decided",
     "FIFOPolicy",
+    "FairSharePolicy",
     "PriorityPolicy",
     "SLOAwarePolicy",
     "SchedulingPolicy",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from control_plane.job import Job
 from control_plane.policies.base import SchedulingPolicy
 from control_plane.policies.cost_optimized import CostOptimizedPolicy
+from control_plane.policies.fair_share import FairSharePolicy
 from control_plane.policies.priority import PriorityPolicy
 from control_plane.policies.slo_aware import SLOAwarePolicy
 from control_plane.protocols import FleetView
@@ -32,6 +34,7 @@ class AdaptivePolicy(SchedulingPolicy):
 
     - under load, with deadlines among the waiting or targets missed lately: slo_aware
     - under load, with several priorities and no deadlines: priority
+    - under load, with several tenants, one class and no deadlines: fair_share
     - without load, where instances differ in price: cost_optimized (the order hardly matters then, the place does)
     - else slo_aware, which without targets is first come first served with a head start for the urgent
 
@@ -42,7 +45,8 @@ class AdaptivePolicy(SchedulingPolicy):
 
     def __init__(self, settings: AdaptiveSettings | None = None) -> None:
         self.settings = settings if settings is not None else AdaptiveSettings()
-        self._policies: dict[str, SchedulingPolicy] = {p.name: p for p in (SLOAwarePolicy(), PriorityPolicy(), CostOptimizedPolicy())}
+        ours = (SLOAwarePolicy(), PriorityPolicy(), CostOptimizedPolicy(), FairSharePolicy())
+        self._policies: dict[str, SchedulingPolicy] = {policy.name: policy for policy in ours}
         self._active = self._policies[SLOAwarePolicy.name]
         self.relegates = self._active.relegates
         self._since_s: float | None = None
@@ -56,6 +60,32 @@ class AdaptivePolicy(SchedulingPolicy):
 
     def key(self, request: RequestMetadata, arrival_s: float, view: FleetView) -> float:
         return self._active.key(request, arrival_s, view)
+
+    @property
+    def pulls_back(self) -> bool:  # type: ignore[override]
+        return self._active.pulls_back
+
+    @property
+    def accounts(self) -> bool:  # type: ignore[override]
+        return self._active.accounts
+
+    def begin_accounts(self) -> None:
+        self._active.begin_accounts()
+
+    def charge(self, job: Job, view: FleetView) -> None:
+        self._active.charge(job, view)
+
+    def started(self, job: Job) -> None:
+        self._active.started(job)
+
+    def settle(self, job: Job) -> None:
+        self._active.settle(job)
+
+    def weigh(self, weights: Mapping[str, float]) -> None:
+        self._policies[FairSharePolicy.name].weigh(weights)
+
+    def work_ms(self, request: RequestMetadata, view: FleetView) -> float:
+        return self._active.work_ms(request, view)
 
     def slack_s(self, job: Job, now_s: float, present_wait_s: float) -> float:
         return self._active.slack_s(job, now_s, present_wait_s)
@@ -100,6 +130,8 @@ class AdaptivePolicy(SchedulingPolicy):
                 return SLOAwarePolicy.name, f"{load}; {share}"
             if state.distinct_priorities > 1:
                 return PriorityPolicy.name, f"{load}; {state.distinct_priorities} priorities wait and hardly any targets"
+            if state.distinct_tenants > 1:
+                return FairSharePolicy.name, f"{load}; {state.distinct_tenants} tenants of one class wait and hardly any targets"
             return SLOAwarePolicy.name, f"{load}; one class waits"
         if state.prices_differ:
             return CostOptimizedPolicy.name, f"{load}: no load, and instances differ in price"

@@ -7,7 +7,7 @@ ages by itself. Placing is the router's; ``schedule`` and ``get_next_request`` o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -39,6 +39,10 @@ class SchedulingPolicy:
     name: str = ""
     #: requests whose latest start has passed go behind the others
     relegates: bool = False
+    #: what was sent ahead and has shown nothing yet may be taken back for a more urgent request that this policy puts before it
+    pulls_back: bool = False
+    #: it keeps accounts: it is told of what was accepted, started and ended
+    accounts: bool = False
     view_of: ViewOf | None = None
     place_with: PlaceWith | None = None
 
@@ -61,6 +65,25 @@ class SchedulingPolicy:
         if request.ttft_slo_ms is not None:
             latest_s = min(latest_s, arrival_s + (request.ttft_slo_ms - self.guide.prefill_ms(request, view)) / 1000.0)
         return latest_s
+
+    def work_ms(self, request: RequestMetadata, view: FleetView) -> float:
+        """Predicted milliseconds of an instance that it takes up; what the queue adds up to see whether all can still start in time."""
+        return self.guide.work_ms(request, view)
+
+    def begin_accounts(self) -> None:
+        """What waits is ordered anew: forget what was charged before. Where it ``accounts``."""
+
+    def charge(self, job: Job, view: FleetView) -> None:
+        """``job``, whose key was asked for just now, was accepted, or waits while this policy begins. Where it ``accounts``."""
+
+    def started(self, job: Job) -> None:
+        """It was sent to an engine, for the first time or again. Where it ``accounts``."""
+
+    def settle(self, job: Job) -> None:
+        """It ended, however that was. Where it ``accounts``."""
+
+    def weigh(self, weights: Mapping[str, float]) -> None:
+        """The tenants' weights; for policies that share between tenants. Raises InvalidRequest for one that is no number above 0."""
 
     def slack_s(self, job: Job, now_s: float, present_wait_s: float) -> float:
         """Seconds for which the dispatch window may still pass it; 0 or less: no more."""

@@ -31,6 +31,7 @@ class PriorityPolicy(SchedulingPolicy):
     """
 
     name: str = "priority"
+    pulls_back = True
 
     def __init__(self, offsets_s: Mapping[RequestPriority, float] | None = None) -> None:
         given = {RequestPriority.parse(name): float(offset_s) for name, offset_s in (offsets_s or {}).items()}

@@ -11,6 +11,8 @@ MAX_COMPARED = 4
 #: questions after which it is looked for anew, so that faster instances that joined are noticed
 QUESTIONS_PER_SEARCH = 256
 MAX_MODELS = 1024
+#: requests that share a decode step on a busy instance
+SHARED_BY = 32.0
 
 
 class ServiceGuide:
@@ -34,6 +36,14 @@ class ServiceGuide:
         """Prefill, without waiting; 0.0 in an empty fleet."""
         instance = self.instance(request.model_name or "", view)
         return 0.0 if instance is None else view.predictor.prefill_ms(instance, view.predictor.input_tokens(request))
+
+    def work_ms(self, request: RequestMetadata, view: FleetView) -> float:
+        """What it takes of an instance's time: its prefill, and its share of decode steps that SHARED_BY requests make together."""
+        instance = self.instance(request.model_name or "", view)
+        if instance is None:
+            return 0.0
+        prefill_ms = view.predictor.prefill_ms(instance, view.predictor.input_tokens(request))
+        return prefill_ms + max(0.0, view.predictor.service_ms(request, instance) - prefill_ms) / SHARED_BY
 
     def instance(self, model: str, view: FleetView) -> ExecutionInstance | None:
         """None in an empty fleet; any instance where none of the model is found."""

@@ -13,21 +13,24 @@ DEFAULT_SLACK_S = 30.0
 MAX_SLACK_S = 300.0
 #: a request without a target: its slack by class, as a multiple of the default
 CLASS_SLACK = (0.1, 1.0 / 3.0, 1.0, 2.0, 4.0)
-#: a request with a target: what its class adds to or takes from its slack, as a share of it
-CLASS_SHIFT = (-0.2, -0.1, 0.0, 0.1, 0.2)
+#: a request with a target: what its class adds to or takes from its slack, as a share of it; of a CRITICAL one all, so that it goes
+#: before those that have waited until their own latest start, and not after them
+CLASS_SHIFT = (-1.0, -0.1, 0.0, 0.1, 0.2)
 
 
 class SLOAwarePolicy(SchedulingPolicy):
-    """key = latest start = arrival + deadline - predicted service, moved by at most a fifth of the slack for its class.
+    """key = latest start = arrival + deadline - predicted service, moved by at most a fifth of the slack for its class; a
+    CRITICAL one's key is its arrival.
 
     A TTFT target counts as a deadline for the start too. A request without a target has ``default_slack_s`` times its class's
     factor, so it ages as all others do; a deadline further off than ``MAX_SLACK_S`` counts as that. Earliest latest start first is
-    the order that meets all deadlines when any order does; when none does, requests whose latest start has passed are relegated
-    behind the rest instead of making the next ones late as well.
+    the order that meets all deadlines when any order does; when none does, the queue's review (``RequestQueue.review``) keeps the
+    largest set that still fits and relegates the rest behind it, instead of making all late by and by.
     """
 
     name: str = "slo_aware"
     relegates = True
+    pulls_back = True
 
     def __init__(self, default_slack_s: float = DEFAULT_SLACK_S) -> None:
         if not 0.0 < default_slack_s < float("inf"):

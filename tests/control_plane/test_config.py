@@ -24,6 +24,7 @@ STATE_FIELDS = {
     "health_status", "gpu_utilization", "is_available", "is_healthy", "current_load", "avg_latency_ms", "throughput_tokens_per_sec",
     "active_requests", "prefilling_active_requests", "decoding_active_requests", "outstanding_ms", "learned_concurrency", "engine",
     "server", "data_parallel_rank", "ranks", "in_flight", "others_requests", "saturation",
+    "ahead_requests", "ahead_ms", "dispatch_ahead_ms", "began_s", "held_back",
 }  # fmt: skip
 
 

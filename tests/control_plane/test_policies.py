@@ -183,6 +183,9 @@ BUSY = {"predicted_wait_s": 5.0, "utilisation": 1.0, "queued": 20}
         ({**BUSY, "distinct_priorities": 3}, "priority"),
         ({**BUSY, "distinct_priorities": 3, "misses_lately": 2}, "slo_aware"),
         ({**BUSY, "distinct_priorities": 1}, "slo_aware"),
+        ({**BUSY, "distinct_priorities": 1, "distinct_tenants": 1}, "slo_aware"),
+        ({**BUSY, "distinct_priorities": 1, "distinct_tenants": 4}, "fair_share"),
+        ({**BUSY, "distinct_priorities": 2, "distinct_tenants": 4}, "priority"),
         ({**CALM, "prices_differ": True}, "cost_optimized"),
         ({**CALM, "prices_differ": False}, "slo_aware"),
     ],
@@ -220,6 +223,24 @@ def test_adaptive_never_flaps_faster_than_it_dwells() -> None:
 
     assert len(switched_s) > 1
     assert min(b - a for a, b in pairwise(switched_s)) >= AdaptiveSettings().dwell_s
+
+
+def test_adaptive_shares_by_the_weights_that_it_was_given_and_keeps_accounts_while_it_shares() -> None:
+    policy = AdaptivePolicy()
+    policy.weigh({"big": 4.0})
+    assert not policy.accounts
+    policy.review(QueueState(now_s=0.0, **BUSY, distinct_tenants=2, distinct_priorities=1))
+    assert policy.accounts
+    tags = {}
+    for tenant in ("big", "small"):
+        for _ in range(2):
+            job = queued(ask(tenant_id=tenant, input_tokens=1000), 1.0)
+            job.key = policy.key(job.request, 1.0, VIEW)
+            policy.charge(job, VIEW)
+            tags[tenant] = job.key - 1.0
+    assert tags["small"] == pytest.approx(4.0 * tags["big"])
+    with pytest.raises(InvalidRequest, match="weight"):
+        policy.weigh({"big": 0.0})
 
 
 def test_adaptive_orders_as_the_active_one() -> None:

@@ -137,6 +137,19 @@ def test_the_relegated_go_last_but_get_their_turn() -> None:
     assert drained(queue).index(late) == RELEGATED_TURN - 1
 
 
+def test_a_turn_of_the_relegated_is_a_part_of_the_work() -> None:
+    queue = RequestQueue()
+    late = job(0.0, latest_start_s=5.0)
+    late.work_ms = 300.0
+    queue.push(late)
+    for k in range(10 * RELEGATED_TURN):
+        queue.push(job(1.0 + k))
+        queue.jobs()[-1].work_ms = 100.0
+    queue.relegate_due(6.0)
+
+    assert drained(queue).index(late) == 3 * (RELEGATED_TURN - 1)
+
+
 def test_only_relegated_ones_left_are_served() -> None:
     queue = RequestQueue()
     jobs = [job(float(k), latest_start_s=1.0) for k in range(3)]

@@ -105,6 +105,8 @@ def test_switching_at_run_time_loses_and_reorders_nothing_wrongly(name: str, req
         job = Job(request, lane, WireRequest("/", b""), None, float(n // 3))
         set_key(job, here, view)
         queue.push(job)
+        if here.accounts:
+            here.charge(job, view)
     before = queue.jobs()
     queue.rekey(there, view)
     assert sorted(map(id, queue.jobs())) == sorted(map(id, before))
