@@ -144,6 +144,8 @@ class InOrder:
         self._again = False
         self._check_after = False
         self._asked_from = 0
+        #: the greatest that waited for missing ones when it was asked; -1: none did
+        self._asked_pending = -1
         self._questions = 0
 
     def begin(self) -> None:
@@ -214,6 +216,11 @@ class InOrder:
             return
         if not self._checked and self.due:
             self._begin_anew()  # it has nothing to tell, though it had told something
+        elif self._asked_pending >= self.due:
+            # an answer has all that came before the question, so that was another publisher's
+            self._begin_anew()
+            self._ask_for(0)
+            return
         if self._check_after:
             self._check_after = False
             self._ask_for(max(0, self.due - 1))
@@ -228,7 +235,7 @@ class InOrder:
     def _start_over(self) -> None:
         self.due = 0
         self.asking = self._again = False
-        self._last_live = -1
+        self._last_live = self._asked_pending = -1
         self._digests = {}
         self._pending = {}
 
@@ -243,6 +250,7 @@ class InOrder:
         self._checked = False
         self.asking = True
         self._asked_from = number
+        self._asked_pending = max(self._pending, default=-1)
         self._questions = 1
         if not self._ask(number):
             self.asking = False

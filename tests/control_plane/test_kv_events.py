@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from control_plane import ControlPlaneManager, ExecutionInstance, RequestMetadata
@@ -181,6 +181,9 @@ class Listener:
 
 
 @given(steps=st.lists(st.sampled_from(["heard", "missed", "answered", "restart"]), max_size=60))
+@example(steps=["heard", "heard", "restart", "missed", "answered", "missed"])
+@example(steps=["missed", "heard", "restart", "missed", "answered", "missed"])
+@example(steps=["heard", "heard", "restart", "answered", "missed", "missed"])
 def test_whatever_is_missed_all_that_one_publisher_said_comes_once_and_in_order(steps: list[str]) -> None:
     publisher = Publisher()
     listener = Listener(publisher)
