@@ -41,7 +41,10 @@ def test_copies_have_every_field(copied: Any) -> None:
         again = copied(made)
         assert type(again) is type(made)
         assert again is not made
-        assert dataclasses.asdict(again) == dataclasses.asdict(made)
+        had, has = dataclasses.asdict(made), dataclasses.asdict(again)
+        had.pop("in_flight", None)  # what a copy has in flight is its own: nothing (test_load.py)
+        has.pop("in_flight", None)
+        assert has == had
 
 
 def test_another_default_in_a_subclass_is_the_field() -> None:
