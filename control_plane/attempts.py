@@ -182,14 +182,16 @@ class Attempts:
         # an answer that is not streamed shows nothing before its end: it runs from here on, and not from the first byte
         job.state = _RUNNING
         self.running[job.request_id] = job.shown
-        predictor = self._predictor
+        fleet, predictor = self._fleet, self._predictor
+        cached = fleet.prefixes.cached_tokens(job.request, attempt.instance)
         if predictor is not None:
-            cached = self._fleet.prefixes.cached_tokens(job.request, attempt.instance)
             attempt.flight = predictor.began(
                 job.request, attempt.instance, attempt.started_s, streamed=job.wire.stream, index_tokens=cached
             )
-        self._fleet.placed(attempt.instance, job.predicted_ms, job.phase)
+        fleet.placed(attempt.instance, job.predicted_ms, job.phase)
         if attempt.ahead:
+            # what is cached is not computed: the engine is through with that at once
+            job.prefill_ms = fleet.predictor.prefill_ms(attempt.instance, max(1, job.input_tokens - cached))
             count_ahead(attempt.instance, job.prefill_ms)
             self._ahead.setdefault(attempt.instance, {})[attempt] = None
 

@@ -353,8 +353,6 @@ class Dispatcher:
             if service_ms is None:
                 service_ms = max(0.0, decided.estimated_latency_ms - self.fleet.predictor.wait_ms(instance))
             job.predicted_ms = service_ms
-            if job.wire.stream:
-                job.prefill_ms = self.fleet.predictor.prefill_ms(instance, job.input_tokens)
             live: LiveState = instance
             if live.decoding_config is not None or job.filled_in:
                 lend_target(job, instance)

@@ -118,7 +118,7 @@ class Job:
         self.input_tokens = 0
         self.output_tokens = 0
         self.predicted_ms = 0.0
-        #: predicted prefill where it runs
+        #: predicted prefill where it runs, of what is not cached there
         self.prefill_ms = 0.0
         self.phase: str | None = None
         self.decided: Decided | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from itertools import pairwise
 
 import pytest
 from scripted_engine import ScriptedCall
@@ -71,9 +72,9 @@ def test_an_engine_that_says_that_nobody_waits_there_gets_more_once_each_time_it
     assert instance.dispatch_ahead_ms == 125.0, "it has said nothing since"
 
 
-def stream(world: World, name: str, **fields: object) -> asyncio.Task[None]:
+def stream(world: World, name: str, prompt: str = "x", **fields: object) -> asyncio.Task[None]:
     async def read() -> None:
-        async for _ in world.manager.stream(RequestMetadata(request_id=name, prompt="x", **fields)):  # type: ignore[arg-type]
+        async for _ in world.manager.stream(RequestMetadata(request_id=name, prompt=prompt, **fields)):  # type: ignore[arg-type]
             pass
 
     return asyncio.get_running_loop().create_task(read())
@@ -120,6 +121,22 @@ async def test_who_is_placed_because_of_a_first_token_finds_it_in_all_books(make
     await asyncio.sleep(0)
     world.open_on("a")[0].begin()
     assert seen == [(1.0, 1, 1), (2.0, 2, 2), (2.0, 2, 2)]
+    for task in tasks:
+        task.cancel()
+
+
+async def test_what_is_cached_there_is_no_work_ahead(make: Make) -> None:
+    world = make("")
+    instance = world.add("a")
+    await world.manager.start()
+    tasks, ahead_ms = [], [0.0]
+    for name, prompt in (("new", "shared " * 4000), ("again", "shared " * 4000), ("other", "another " * 3500)):
+        tasks.append(stream(world, name, prompt))
+        await asyncio.sleep(0)
+        ahead_ms.append(instance.ahead_ms)
+    new_ms, again_ms, other_ms = (after - before for before, after in pairwise(ahead_ms))
+    assert 0.0 < again_ms < 0.5 * new_ms
+    assert other_ms == pytest.approx(new_ms, rel=0.01)
     for task in tasks:
         task.cancel()
 
