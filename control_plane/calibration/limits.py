@@ -98,11 +98,11 @@ async def _learn_budget(load: Load, prompts: Prompts, served: Served) -> tuple[i
         if load.most < 2 or not await _splits(load, prompts, clock, longest):
             taken = max(2_048, 1 << (longest - 1).bit_length())
             return taken, f"assumed; a prompt of {longest} tokens is computed in one step (--max-num-batched-tokens tells)"
-        for search in range(SEARCHES):
+        for _ in range(SEARCHES):
             low, high = await _between(load, prompts, clock, longest)
             # on a busy machine any step may seem a long one, and one wrong answer leads a whole search astray
             stands = not await _splits(load, prompts, clock, low) and await _splits(load, prompts, clock, high)
-            if stands or search == SEARCHES - 1:
+            if stands:
                 break
         sure = "measured" if stands else "measured on a machine too busy to be sure of it"
         return high, sure if high - low <= 1 else f"{sure}, between {low + 1} and {high}"

@@ -190,12 +190,13 @@ def _merged(sessions: _Sessions, wanted: int, duration_s: float, rng: Random) ->
     waiting: list[tuple[float, int, int, _Session, float, int, str]] = []
     order = 0
     next_id = sessions.first_free_id
-    for session, start_s, latest_s, copies, whole in _drawn(sessions, wanted, duration_s, rng):
+    for session, start_s, last_s, copies, whole in _drawn(sessions, wanted, duration_s, rng):
+        latest_s = duration_s - last_s
         while waiting and waiting[0][0] <= start_s - sessions.spread_s / 2:
             yield _told(waiting, duration_s)
         for copy in range(copies):
             begin_s = _moved(start_s, latest_s, sessions.spread_s, rng.random(), whole=whole) if copy else start_s
-            if begin_s >= duration_s:
+            if begin_s + last_s >= duration_s:
                 begin_s = start_s  # rounded up
             name = f"{session.name}~{order}" if session.name else ""
             heapq.heappush(waiting, (begin_s, order, 0, session, begin_s, next_id, name))
@@ -229,8 +230,8 @@ def _told(waiting: list[tuple[float, int, int, _Session, float, int, str]], dura
 
 
 def _drawn(sessions: _Sessions, wanted: int, duration_s: float, rng: Random) -> Iterator[tuple[_Session, float, float, int, bool]]:
-    """Each session that comes, when its original does, until when a copy may begin so that as much of it comes, how often, and whether
-    all of it comes."""
+    """Each session that comes, when its original does, how long after its beginning the last of it comes, how often, and whether all of it
+    comes."""
     period_s = sessions.period_s
     rounds = math.ceil(duration_s / period_s)
     total = _requests_in(sessions, rounds, duration_s)
@@ -245,7 +246,7 @@ def _drawn(sessions: _Sessions, wanted: int, duration_s: float, rng: Random) -> 
             if count:
                 done += count * size
                 start_s = begin_s + session.start_s
-                yield session, start_s, duration_s - session.members[size - 1].offset_s, count, size == len(session.members)
+                yield session, start_s, session.members[size - 1].offset_s, count, size == len(session.members)
 
 
 def _requests_in(sessions: _Sessions, rounds: int, duration_s: float) -> int:

@@ -77,6 +77,10 @@ class Load:
     def all(self) -> list[RawAnswer]:
         return [*self.begun, *self.waiting, *self.unary]
 
+    async def done(self) -> None:
+        for answer in self.all():
+            await answer.done()
+
 
 async def put_load(stand: Stand) -> Load:
     """The victim is stopped (SIGSTOP) when this returns: what it had sent has come in, and what is open on it stays open.
@@ -104,8 +108,7 @@ async def put_load(stand: Stand) -> Load:
             return load
         told = f"{len(enough_left)} of {len(long)} long streams had enough left, {unanswered} requests were unanswered"
         stand.victim.thaw()
-        for answer in load.all():
-            await answer.done()
+        await load.done()
         await eventually(lambda: stand.instance.is_usable, 30.0)
     raise AssertionError(f"the load missed the engine that is to fail: {told}")
 
@@ -151,8 +154,7 @@ def check_streams(stand: Stand, answers: list[RawAnswer], tokens: int) -> tuple[
 
 async def check_load(stand: Stand, load: Load) -> None:
     """What must be true after the victim went away under a load."""
-    for answer in load.all():
-        await answer.done()
+    await load.done()
     check_unary(load.unary, 150)
     on_victim = sum(answer.instance == stand.victim.label for answer in load.begun)
     assert 0 < on_victim < 8
