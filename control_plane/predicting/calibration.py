@@ -13,8 +13,8 @@ from control_plane.predicting.sketch import LogSketch
 MEMORY: Final = 2000.0
 #: the quantities, in the order of :attr:`Calibration.of`
 QUANTITIES: Final = ("ttft_ms", "tpot_ms", "output_tokens", "cost_usd")
-_LEAST: Final = (0.1, 0.01, 1.0, 1e-9)
-_OCTAVES: Final = (26, 24, 18, 40)
+_LEAST: Final[list[float]] = [0.1, 0.01, 1.0, 1e-9]
+_OCTAVES: Final[list[int]] = [26, 24, 18, 40]
 
 
 class Calibration:

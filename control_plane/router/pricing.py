@@ -145,10 +145,11 @@ def batches_of(seen: Sequence[ExecutionInstance]) -> list[float]:
     share = min(MOST_OTHERS, theirs / max(1.0, ours))
     found: list[float] = []
     for instance in seen:
-        live = instance
-        active: float = live.active_requests
-        others: float = live.others_requests
-        found.append(active + max(0.0, others + share * (active - instance.engine.ours)))
+        there: LiveState = instance
+        active: float = there.active_requests
+        others: float = there.others_requests
+        ours_then = float(instance.engine.ours)
+        found.append(active + max(0.0, others + share * (active - ours_then)))
     return found
 
 
