@@ -41,6 +41,8 @@ _SCHEDULED: Final = RequestStatus.SCHEDULED
 _GENERAL: Final = ExecutionInstanceType.GENERAL
 Launch = Callable[[Job, Leg], None]
 Fail = Callable[[Job, ControlPlaneError], None]
+#: requests of a lane that may wait for another instance while one has room
+MOST_WAITING: Final = 8
 #: instances that are looked at for what could give way to an urgent request
 MOST_LOOKED_AT: Final = 64
 
@@ -111,6 +113,7 @@ class Dispatcher:
         self._router = router
         self._selects_async = router.selects_async
         self._place_by = router.placer
+        self._weighs_waiting = router.weighs_waiting
         #: a table's own strategy answers with one of the candidates; what others answer is looked at
         self._checks_place = not router.is_ours
 
@@ -191,7 +194,7 @@ class Dispatcher:
     def _pull_back_for(self, job: Job) -> None:
         """``job`` found no room: perhaps something that was sent ahead of it gives way."""
         lane = job.lane
-        if self._picks_next or self._places_itself or self._selects_async or self.queue.head(lane) is not job:
+        if job.waits_for is not None or self._picks_next or self._places_itself or self._selects_async or self.queue.head(lane) is not job:
             return
         places = [(instance, self._ahead_on(instance)) for instance in self.fleet.eligible(lane, MOST_LOOKED_AT)]
         found = pulled_back(job, places, self.fleet.now_s, self.queue.wait_there_s(lane))
@@ -199,7 +202,7 @@ class Dispatcher:
             return
         for given in found.jobs:
             self._pull_back(given)
-        self._place(job, [found.instance])
+        self._place(job, [found.instance], waits=False)
         if found.jobs:
             if self._finds_ahead:
                 in_the_way(found.instance, self.fleet.predictor.prefill_ms(found.instance, LEAST_TOKENS))
@@ -274,10 +277,22 @@ class Dispatcher:
             except Exception as error:
                 self._fail(job, self._blamed(error))
                 return True
-        return self._place(job, candidates) or self._place_next(lane, candidates)
+        return self._place(job, candidates) or self._place_next(lane, candidates, job)
 
-    def _place_next(self, lane: LaneKey, candidates: list[ExecutionInstance]) -> bool:
-        return any(self._place(job, candidates) for job in self.queue.window(lane, self.window))
+    def _place_next(self, lane: LaneKey, candidates: list[ExecutionInstance], first: Job) -> bool:
+        """``first`` was not placed: those after it. Where none of MOST_WAITING would rather have one of these than wait, the first goes to
+        one that would run dry."""
+        waiting = 0 if first.waits_for is None else 1
+        for job in self.queue.window(lane, self.window):
+            if job is first:
+                continue
+            if waiting >= MOST_WAITING:
+                break
+            if self._place(job, candidates):
+                return True
+            waiting += job.waits_for is not None
+        idle = [instance for instance in candidates if not instance.ahead_requests] if waiting >= MOST_WAITING else []
+        return bool(idle) and self._place(first, idle, waits=False)
 
     def _serve_picked(self) -> None:
         """Requests start in the order that the policy's own ``get_next_request`` says, of those that an instance with room may serve."""
@@ -309,14 +324,25 @@ class Dispatcher:
             f"get_next_request of the scheduling policy {self.policy.name} answered no request that waits: {picked!r:.80}"
         )
 
-    def _place(self, job: Job, candidates: list[ExecutionInstance]) -> bool:
+    def _place(self, job: Job, candidates: list[ExecutionInstance], waits: bool = True) -> bool:
+        """On one of ``candidates``, which have room. False: none of them will do now. ``waits``: neither will they where waiting for
+        another costs less."""
         try:
             fields: RequestFields = job.request
+            job.waits_no_more()
+            weighs = waits and self._weighs_waiting
+            if weighs:
+                near = self.fleet.below_caps(job.lane)
+                weighs = len(near) > len(candidates)
+                if weighs:
+                    candidates = near
             if fields.cost_budget is not None:
                 candidates = list(affordable(job.request, candidates, self.fleet))
             if self._places_itself or self._selects_async:
                 return self._place_in_task(job, candidates)
             decided, phase = self._decide(job.request, candidates, job.key, job.arrival_s)
+            if weighs and not self._starts_now(job, decided.leg.instance_id):
+                return False
             if self._checks_place and not self._has_place(job, decided.leg.instance_id, None):
                 return False
         except NoInstanceAvailable:
@@ -328,6 +354,15 @@ class Dispatcher:
             return True
         self._start(job, decided, phase)
         return True
+
+    def _starts_now(self, job: Job, chosen: str) -> bool:
+        """Whether there is room on the instance that was chosen; if not, the job waits for it."""
+        instance = self.fleet.get(chosen)
+        if instance is None or self.fleet.has_room(instance):
+            return True
+        cached = self.fleet.prefixes.cached_tokens(job.request, instance)
+        job.wait_for(instance, self.fleet.predictor.prefill_ms(instance, max(1, job.input_tokens - cached)))
+        return False
 
     def _fail_unaffordable(self, job: Job) -> bool:
         """Those with room are too dear: it fails when the others are as well, else it waits (False)."""

@@ -70,6 +70,8 @@ class Job:
         "tried",
         "unreached_since_s",
         "usage",
+        "waits_for",
+        "waits_ms",
         "wire",
         "work_ms",
     )
@@ -120,6 +122,9 @@ class Job:
         self.predicted_ms = 0.0
         #: predicted prefill where it runs, of what is not cached there
         self.prefill_ms = 0.0
+        #: the instance that it waits for although others have room, and its predicted prefill there
+        self.waits_for: ExecutionInstance | None = None
+        self.waits_ms = 0.0
         self.phase: str | None = None
         self.decided: Decided | None = None
         #: what it is predicted to cost where it runs
@@ -174,6 +179,21 @@ class Job:
         self.request.prompt, self.request.messages, self.request.input = "", None, None
         self.request.extra_body = {}
         self.owner = None
+
+    def wait_for(self, instance: ExecutionInstance, prefill_ms: float) -> None:
+        """It is worth waiting for ``instance``, which has no room; those that are placed meanwhile count it there."""
+        self.waits_for = instance
+        self.waits_ms = prefill_ms
+        instance.awaited_ms += prefill_ms
+
+    def waits_no_more(self) -> None:
+        """It is decided anew, or has left the queue. May repeat."""
+        instance = self.waits_for
+        if instance is not None:
+            self.waits_for = None
+            left_ms = instance.awaited_ms - self.waits_ms
+            # sums of floats drift
+            instance.awaited_ms = left_ms if left_ms > 1e-6 else 0.0
 
     def hold_body(self, memory: BodyMemory) -> None:
         """It was accepted: its body, which fits there, counts until :meth:`let_go_of_body`."""

@@ -34,6 +34,7 @@ class LiveState:
     ahead_requests: Any
     ahead_ms: Any
     dispatch_ahead_ms: Any
+    awaited_ms: Any
     began_s: Any
     held_back: Any
     price_per_gpu_hour_usd: Any
@@ -119,6 +120,7 @@ LIVE_FIELDS = (
     "ahead_requests",
     "ahead_ms",
     "dispatch_ahead_ms",
+    "awaited_ms",
     "began_s",
     "held_back",
     "price_per_gpu_hour_usd",

@@ -227,6 +227,7 @@ class RequestQueue:
         del self._numbers[job]
         self.bytes -= len(job.wire.body)
         job.queued = False
+        job.waits_no_more()
 
     def _tidy(self, lane: _Lane) -> None:
         numbers = self._numbers

@@ -420,6 +420,8 @@ class ExecutionInstance(LiveState):
     ahead_ms: float = 0.0
     #: predicted prefill that may be ahead here; found by whether the engine runs dry (written by the fleet)
     dispatch_ahead_ms: float = 500.0
+    #: predicted prefill of requests that wait in our queue for this very instance (written by the dispatcher)
+    awaited_ms: float = 0.0
     #: monotonic seconds of the last first token of a request here, and whether others were held back after it (written by the dispatcher)
     began_s: float = -math.inf
     held_back: bool = False

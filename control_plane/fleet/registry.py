@@ -226,6 +226,14 @@ class Fleet:
             return [instance for instance in found if self.has_room(instance)][:limit]
         return self._choose(lane, limit, room=True)
 
+    def below_caps(self, lane: LaneKey) -> list[ExecutionInstance]:
+        """The eligible ones that are below their caps, whatever is ahead there. While some are on trial or suspected: those with room."""
+        status = self._status
+        if status.trials or status.suspects or status.busy:
+            return self.with_room(lane)
+        found = self._choose(lane, None, room=False)
+        return [instance for instance in found if instance.active_requests < instance.concurrency_limit]
+
     def has_room(self, instance: ExecutionInstance, phase: str | None = None) -> bool:
         """It may be given one more request (in that role: ``prefilling`` or ``decoding``) as far as caps and trials go."""
         if instance.active_requests >= instance.concurrency_limit or not takes_more(instance):

@@ -31,6 +31,7 @@ class AdaptiveRouting(RoutingStrategy):
     """
 
     name = "adaptive"
+    weighs_waiting = True
 
     def __init__(self, rng: Random | None = None) -> None:
         self._by_price = PredictedLatency(rng)

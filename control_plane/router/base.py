@@ -18,6 +18,10 @@ class RoutingStrategy:
     #: as in the table and in decisions; a subclass that sets none is called by its class's name
     name: str = ""
 
+    #: prices what waits at an instance, so that it may be asked about those without room as well: a request waits for the one that it
+    #: answers, where that is cheaper than to start elsewhere
+    weighs_waiting = False
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "name" not in cls.__dict__:

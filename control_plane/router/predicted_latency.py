@@ -16,6 +16,7 @@ class PredictedLatency(RoutingStrategy):
     """argmin of waiting + prefill + decode + delay + eviction (:mod:`~control_plane.router.pricing`); those about equal take turns."""
 
     name = "predicted_latency"
+    weighs_waiting = True
 
     def __init__(self, rng: Random | None = None) -> None:
         self._rng = rng if rng is not None else Random(0)

@@ -20,6 +20,7 @@ class PrefixAware(RoutingStrategy):
     """
 
     name = "prefix_aware"
+    weighs_waiting = True
 
     def __init__(self, rng: Random | None = None) -> None:
         self._rng = rng if rng is not None else Random(0)

@@ -116,7 +116,8 @@ def priced(request: RequestMetadata, seen: Sequence[ExecutionInstance], view: Fl
         batch = batches[at]
         ours: float = live.active_requests
         tpot_ms += (batch - ours) * marginal_ms
-        waiting_ms = ahead_ms + _for_room_ms(instance, batch, uncached + outputs)
+        awaited_ms: float = live.awaited_ms
+        waiting_ms = ahead_ms + awaited_ms + _for_room_ms(instance, batch, uncached + outputs)
         found.waiting.append(waiting_ms)
         found.prefill.append(prefill_ms)
         found.decode.append(outputs * tpot_ms)

@@ -29,6 +29,7 @@ class RequestRouter(RoutingStrategy):
         self._strategy = create_strategy(strategy, rng)
         if type(self) is RequestRouter:
             self.name = self._strategy.name
+            self.weighs_waiting = self._strategy.weighs_waiting
         #: one of the table's own and not a subclass of this face: its answer is a Placement on one of the candidates
         self.is_ours = type(self) is RequestRouter and isinstance(strategy, str) and strategy in ROUTERS
         self._view_of = view_factory if view_factory is not None else self._static_view
