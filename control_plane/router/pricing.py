@@ -3,8 +3,8 @@
     waiting   the steps of the prompts ahead of it there, and where the KV cache is full the time until enough of it is free
     prefill   the steps that compute its tokens that are not cached there
     decode    its expected answer at the batch that it makes
-    delay     to those in flight there: its prefill stalls each of them, and each of their further steps gets longer; and to those who
-              come while it waits
+    delay     to those in flight there: its prefill stalls each of them, and each of their further steps gets longer; to those who
+              come while it waits; and to as many as an instance has on average, who come later: time spent computing is gone for all
     eviction  prefill of what its blocks push out of the cache, as far as that is expected to be asked for again
 
 The sum is what the fleet's requests lose together by this placement. ``delay`` generalises LMetric's (uncached tokens) x (batch + 1),
@@ -107,6 +107,7 @@ def priced(request: RequestMetadata, seen: Sequence[ExecutionInstance], view: Fl
     outputs = predictor.output_tokens(request)
     found = Prices(seen, prefixes.cached_tokens_of(request, seen))
     batches = batches_of(seen)
+    usual = sum(batches) / len(batches)
     told = predictor.newcomers_ms(seen, found.cached_tokens, inputs)
     for at, instance in enumerate(seen):
         live: LiveState = instance
@@ -122,10 +123,10 @@ def priced(request: RequestMetadata, seen: Sequence[ExecutionInstance], view: Fl
         found.prefill.append(prefill_ms)
         found.decode.append(outputs * tpot_ms)
         found.step.append(tpot_ms)
-        found.delay.append(batch * (stall_ms + outputs * marginal_ms) + FOLLOWERS * waiting_ms)
+        found.delay.append((batch + usual) * stall_ms + batch * outputs * marginal_ms + FOLLOWERS * waiting_ms)
         lost = prefixes.lost_tokens(instance, uncached + outputs)
         # computed again it will stall as many as are there now
-        found.eviction.append((1.0 + batch) * lost * stall_ms / uncached if lost else 0.0)
+        found.eviction.append((1.0 + batch + usual) * lost * stall_ms / uncached if lost else 0.0)
     return found
 
 
