@@ -28,11 +28,18 @@ def test_a_price_has_five_parts() -> None:
     world.queued("b", 300)
     prices = priced(asking(1000), world.instances, world.view)
 
-    # a: idle, nothing cached: 10 + 1000 of prefill, 100 steps of 21 ms
-    assert prices.parts_of(0) == {"waiting": 0.0, "prefill": 1010.0, "decode": 2100.0, "delay": 0.0, "eviction": 0.0, "cached_tokens": 0.0}
-    # b: 300 ms of prefill ahead, 100 tokens of its own, steps of 25 ms; 4 others are stalled for 100 ms, and each of 100 steps gets 1 ms
-    # longer for them, and two who come behind it wait for 300 ms; half of 200 tokens are computed again, for it and for 4 others
-    expected = {"waiting": 300.0, "prefill": 110.0, "decode": 2500.0, "delay": 1400.0, "eviction": 500.0, "cached_tokens": 900.0}
+    # a: idle, nothing cached: 10 + 1000 of prefill, 100 steps of 21 ms; it takes 1000 ms, which two who will come (the mean batch) lose
+    assert prices.parts_of(0) == {
+        "waiting": 0.0,
+        "prefill": 1010.0,
+        "decode": 2100.0,
+        "delay": 2000.0,
+        "eviction": 0.0,
+        "cached_tokens": 0.0,
+    }
+    # b: 300 ms of prefill ahead, 100 tokens of its own, steps of 25 ms; 4 others and 2 who will come are stalled for 100 ms, each of 100
+    # steps gets 1 ms longer for the 4, and two who come behind it wait for 300 ms; half of 200 tokens are computed again, for all 7
+    expected = {"waiting": 300.0, "prefill": 110.0, "decode": 2500.0, "delay": 1600.0, "eviction": 700.0, "cached_tokens": 900.0}
     assert prices.parts_of(1) == pytest.approx(expected)
     assert prices.totals()[1] == pytest.approx(sum(expected[part] for part in PARTS))
     assert prices.first_tokens() == [1010.0, 410.0]
@@ -72,8 +79,9 @@ def test_a_full_kv_cache_is_waited_for() -> None:
 
 
 def test_predicted_latency_takes_the_least_loss_of_all() -> None:
-    # a holds most but serves many: 110 + 100 x 51 + 30 x (100 + 100) = 11,210 against 1,010 + 2,200 + 1 x 1,100 = 4,310
-    world = World(30, 1, cached={"a": 900})
+    # a holds half but serves many: 510 + 100 x 51 + (30 + 15.5) x 500 + 30 x 100 = 31,360
+    # against 1,010 + 2,200 + (1 + 15.5) x 1,000 + 1 x 100 = 19,810
+    world = World(30, 1, cached={"a": 500})
     strategy = PredictedLatency(Random(1))
 
     assert strategy.place(asking(1000), world.instances, world.view).instance.instance_id == "b"
@@ -85,7 +93,7 @@ def test_prefix_aware_takes_the_soonest_first_token_whatever_the_batch() -> None
     world = World(30, 1, cached={"a": 900})
     strategy = PrefixAware()
     assert strategy.place(asking(1000), world.instances, world.view).instance.instance_id == "a"
-    world.queued("a", 901)
+    world.queued("a", 1001)
 
     assert strategy.place(asking(1000), world.instances, world.view).instance.instance_id == "b"
 
