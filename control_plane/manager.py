@@ -529,7 +529,6 @@ class ControlPlaneManager:
             predicted_wait_s=min(waits_s, default=0.0),
             utilisation=min(1.0, load),
             misses_lately=self.metrics.slo_violations - self._violations[0],
-            prices_differ=len({instance.price_per_hour_usd for instance in usable}) > 1,
         )
 
     # ---- what it knows

@@ -67,7 +67,6 @@ class QueueState:
     predicted_wait_s: float = 0.0
     utilisation: float = 0.0
     misses_lately: int = 0
-    prices_differ: bool = False
 
 
 def set_key(job: Job, policy: QueueOrder, view: FleetView) -> None:
@@ -457,7 +456,6 @@ class RequestQueue:
         predicted_wait_s: float = 0.0,
         utilisation: float = 0.0,
         misses_lately: int = 0,
-        prices_differ: bool = False,
     ) -> QueueState:
         """The queue as an adaptive policy sees it, its shares from the STATE_SAMPLE accepted first; the caller adds what the fleet and
         the outcomes tell."""
@@ -473,7 +471,6 @@ class RequestQueue:
             predicted_wait_s=predicted_wait_s,
             utilisation=utilisation,
             misses_lately=misses_lately,
-            prices_differ=prices_differ,
         )
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from control_plane.job import Job
 from control_plane.policies.base import SchedulingPolicy
-from control_plane.policies.cost_optimized import CostOptimizedPolicy
 from control_plane.policies.fair_share import FairSharePolicy
 from control_plane.policies.priority import PriorityPolicy
 from control_plane.policies.slo_aware import SLOAwarePolicy
@@ -35,8 +34,10 @@ class AdaptivePolicy(SchedulingPolicy):
     - under load, with deadlines among the waiting or targets missed lately: slo_aware
     - under load, with several priorities and no deadlines: priority
     - under load, with several tenants, one class and no deadlines: fair_share
-    - without load, where instances differ in price: cost_optimized (the order hardly matters then, the place does)
     - else slo_aware, which without targets is first come first served with a head start for the urgent
+
+    Never cost_optimized, which is asked for by name: what keeps to the cheapest instances leaves the caches and the speed of the others
+    unused, and those are paid for all the same.
 
     Load is a predicted wait or a utilisation above its bound.
     """
@@ -45,7 +46,7 @@ class AdaptivePolicy(SchedulingPolicy):
 
     def __init__(self, settings: AdaptiveSettings | None = None) -> None:
         self.settings = settings if settings is not None else AdaptiveSettings()
-        ours = (SLOAwarePolicy(), PriorityPolicy(), CostOptimizedPolicy(), FairSharePolicy())
+        ours = (SLOAwarePolicy(), PriorityPolicy(), FairSharePolicy())
         self._policies: dict[str, SchedulingPolicy] = {policy.name: policy for policy in ours}
         self._active = self._policies[SLOAwarePolicy.name]
         self.relegates = self._active.relegates
@@ -133,6 +134,4 @@ class AdaptivePolicy(SchedulingPolicy):
             if state.distinct_tenants > 1:
                 return FairSharePolicy.name, f"{load}; {state.distinct_tenants} tenants of one class wait and hardly any targets"
             return SLOAwarePolicy.name, f"{load}; one class waits"
-        if state.prices_differ:
-            return CostOptimizedPolicy.name, f"{load}: no load, and instances differ in price"
-        return SLOAwarePolicy.name, f"{load}: no load, and prices are equal"
+        return SLOAwarePolicy.name, f"{load}: no load"

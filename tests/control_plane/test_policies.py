@@ -186,8 +186,7 @@ BUSY = {"predicted_wait_s": 5.0, "utilisation": 1.0, "queued": 20}
         ({**BUSY, "distinct_priorities": 1, "distinct_tenants": 1}, "slo_aware"),
         ({**BUSY, "distinct_priorities": 1, "distinct_tenants": 4}, "fair_share"),
         ({**BUSY, "distinct_priorities": 2, "distinct_tenants": 4}, "priority"),
-        ({**CALM, "prices_differ": True}, "cost_optimized"),
-        ({**CALM, "prices_differ": False}, "slo_aware"),
+        ({**CALM, "distinct_priorities": 3, "distinct_tenants": 4}, "slo_aware"),
     ],
 )
 def test_adaptive_chooses_by_what_it_measures(state: dict[str, float], expected: str) -> None:
@@ -203,22 +202,22 @@ def test_adaptive_chooses_by_what_it_measures(state: dict[str, float], expected:
 
 def test_adaptive_dwells_and_has_hysteresis() -> None:
     policy, settings = AdaptivePolicy(), AdaptiveSettings()
-    busy = {**BUSY, "distinct_priorities": 2, "prices_differ": True}
+    busy = {**BUSY, "distinct_priorities": 2}
     assert policy.review(QueueState(now_s=0.0, **busy)) is not None
     assert policy.active == "priority"
-    assert policy.review(QueueState(now_s=5.0, prices_differ=True, **CALM)) is None, "it stays at least dwell_s"
-    between = {"predicted_wait_s": 0.5, "utilisation": 0.8, "distinct_priorities": 2, "prices_differ": True}
+    assert policy.review(QueueState(now_s=5.0, **CALM)) is None, "it stays at least dwell_s"
+    between = {"predicted_wait_s": 0.5, "utilisation": 0.8, "distinct_priorities": 2}
     policy.review(QueueState(now_s=6.0, **busy))
     assert settings.leave_wait_s < between["predicted_wait_s"] < settings.enter_wait_s
     assert policy.review(QueueState(now_s=50.0, **between)) is None, "loaded until it falls below the lower bound"
-    assert policy.review(QueueState(now_s=60.0, prices_differ=True, **CALM)) is not None
-    assert policy.active == "cost_optimized"
+    assert policy.review(QueueState(now_s=60.0, **CALM)) is not None
+    assert policy.active == "slo_aware"
     assert policy.review(QueueState(now_s=80.0, **between)) is None, "and calm until it rises above the upper one"
 
 
 def test_adaptive_never_flaps_faster_than_it_dwells() -> None:
     policy = AdaptivePolicy()
-    states = ({**BUSY, "distinct_priorities": 2}, {**CALM, "prices_differ": True})
+    states = ({**BUSY, "distinct_priorities": 2}, {**CALM})
     switched_s = [n / 10 for n in range(2000) if policy.review(QueueState(now_s=n / 10, **states[n % 2])) is not None]
 
     assert len(switched_s) > 1
