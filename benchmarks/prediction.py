@@ -48,6 +48,8 @@ WORKLOADS = "azure_conv,azure_code,mooncake_conversation,sessions"
 #: what the skewed engines' GPUs reach: compute, bandwidth, seconds of a step beside its work
 SKEWED = {"h100": (0.45, 0.75, 3e-3), "a100": (0.60, 0.60, 5e-3), "l40s": (0.50, 0.80, 2e-3)}
 WARMUP_REQUESTS = 200
+#: whose answers would run on so long after the last arrival is not judged
+FALLING_S = 20.0
 #: a minute counts that has so many
 LEAST_IN_A_MINUTE = 20
 
@@ -195,8 +197,8 @@ def judged(run: Simulation, recorder: Recorder) -> dict[str, Any]:
         if out.state[row] != COMPLETED or not out.first_s[row]:
             continue
         at_s = told.at_s - BEGIN_S
-        if at_s > run.scenario.workload.duration_s:
-            break  # sessions go on while nothing new comes: the load falls away
+        if at_s > run.scenario.workload.duration_s - FALLING_S:
+            break  # while nothing new comes, and sessions go on, the load falls away
         seen = (at_s, told.ttft_ms, (out.first_s[row] - told.at_s) * 1000.0)
         ttft.append(seen)
         by_kind[f"ttft {gpu_of[told.instance]}"].append(seen)

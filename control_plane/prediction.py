@@ -158,7 +158,7 @@ class LatencyPredictor:
         """Milliseconds per further output token with one request more than are in flight there now."""
         model = self._model(instance)
         now_s = self._now_s()
-        plain_ms, beside_ms = self._tpot_parts_ms(model, instance, TYPICAL_CONTEXT_TOKENS, 0.0, 0.0, 0.0, 0.0, 1.0, now_s)
+        plain_ms, beside_ms = self._tpot_parts_ms(model, instance, TYPICAL_CONTEXT_TOKENS, 0.0, 0.0, 1.0, now_s)
         return (plain_ms + beside_ms * model.book.tpot_correction) * self._believed(model, now_s)
 
     def newcomers_ms(
@@ -209,7 +209,6 @@ class LatencyPredictor:
         inputs = float(self.input_tokens(request))
         lengths = self._sizes.lengths_of(request)
         outputs = 0.0 if lengths is None else float(within(lengths.mean, request.max_tokens))
-        inverse = 0.0 if lengths is None else lengths.mean_inverse
         pairs = 0.5 * inputs * inputs
         now_s = self._now_s()
         burst = self._burst(request, now_s)
@@ -219,7 +218,7 @@ class LatencyPredictor:
             model = self._model(live)
             service_ms = model.steps.prefill_ms(inputs, pairs, 1.0, 0.0, 0.0)
             if outputs > 0.0:
-                plain_ms, beside_ms = self._tpot_parts_ms(model, live, inputs, outputs, inverse, service_ms, service_ms, burst, now_s)
+                plain_ms, beside_ms = self._tpot_parts_ms(model, live, inputs, outputs, service_ms, burst, now_s)
                 service_ms += outputs * (plain_ms + beside_ms * model.book.tpot_correction)
             found.append(service_ms * self._believed(model, now_s))
         return found
@@ -260,9 +259,7 @@ class LatencyPredictor:
         wait_ms = book.wait_ms(now_s, steps.delay_ms) * believed
         own_ms = book.own_ms(uncached, pairs, now_s, steps.delay_ms) * believed
         outputs = 0.0 if lengths is None else float(within(lengths.mean, limit))
-        inverse = 0.0 if lengths is None else lengths.mean_inverse
-        first_ms = wait_ms + own_ms
-        plain_ms, beside_ms = self._tpot_parts_ms(model, live, float(inputs), outputs, inverse, first_ms, own_ms, burst, now_s)
+        plain_ms, beside_ms = self._tpot_parts_ms(model, live, float(inputs), outputs, wait_ms + own_ms, burst, now_s)
         tpot_ms = (plain_ms + beside_ms * book.tpot_correction) * believed
         if flight is not None:
             flight.plain_ms = plain_ms * believed
@@ -297,12 +294,11 @@ class LatencyPredictor:
         return batch * max(0.0, with_it_ms - steps.steps_of(uncached, batch) * steps.decode_ms(batch, kv_tokens))
 
     def _tpot_parts_ms(
-        self, model: InstanceModel, live: LiveState, inputs: float, outputs: float, inverse: float, first_ms: float, own_ms: float,
-        burst: float, now_s: float,
-    ) -> tuple[float, float]:  # fmt: skip
+        self, model: InstanceModel, live: LiveState, inputs: float, outputs: float, first_ms: float, burst: float, now_s: float
+    ) -> tuple[float, float]:
         book = model.book
         if book.known:
-            return book.tpot_ms(inputs, outputs, inverse, first_ms, own_ms, burst, now_s)
+            return book.tpot_ms(inputs, outputs, first_ms, burst, now_s)
         # nothing was sent there through us: as many as its owner says are decoding
         in_flight: float = live.active_requests
         others = (in_flight + book.others) / model.ranks

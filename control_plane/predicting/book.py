@@ -32,6 +32,8 @@ MOST_BATCH: Final = 512.0
 MOST_EXCESS: Final = 0.9
 #: rates are read anew after so many seconds
 RATES_S: Final = 0.1
+#: times that Little's law is applied to what it gave
+LITTLE_STEPS: Final = 4
 #: bursts last so long on average, seconds
 BURST_S: Final = 5.0
 #: a sample of decode needs so many tokens; a stream is told of its tokens 32 at a time
@@ -50,9 +52,9 @@ class InstanceBook:
 
     __slots__ = (
         "_batch_s",
+        "_coming",
         "_context_s",
         "_crowd",
-        "_due",
         "_excess",
         "_excess_ms",
         "_group",
@@ -70,9 +72,9 @@ class InstanceBook:
         "_mixed",
         "_now_s",
         "_parts",
-        "_rate",
         "_rates_s",
         "_ratio_era",
+        "_residence_s",
         "_usual",
         "arrivals",
         "context_tokens",
@@ -129,8 +131,8 @@ class InstanceBook:
         self._parts = [0.0] * (SIZE + 2)
         #: milliseconds by which prompts made steps longer, or would have
         self._excess = Arrivals(now_s)
-        #: the rates as they were a moment ago: share of time, tokens and requests a second
-        self._usual = self._due = self._rate = 0.0
+        #: as it was a moment ago: the share of time for prompts, the batch that comes, and how long one of it stays
+        self._usual = self._coming = self._residence_s = 0.0
         self._rates_s = -1e9
         #: requests, and their expected tokens
         self.arrivals = Arrivals(now_s)
@@ -282,15 +284,11 @@ class InstanceBook:
             tokens, more, prompts = self.late_tokens, self.late_pairs, self.late_prompts
         return self.steps.prefill_ms(tokens / ranks + uncached_tokens, more / ranks + pairs, prompts + 1.0, batch, kv_tokens)
 
-    def tpot_ms(
-        self, prompt_tokens: float, length: float, inverse: float, first_ms: float, own_ms: float, burst: float, now_s: float
-    ) -> tuple[float, float]:
+    def tpot_ms(self, prompt_tokens: float, length: float, first_ms: float, burst: float, now_s: float) -> tuple[float, float]:
         """Milliseconds per token of a newcomer's answer of ``length`` tokens, after ``first_ms`` to its first: of decoding, and beside it.
 
         A decode step at the batch expected meanwhile, longer by the share of time in which the prompts of others are computed. Those of
-        now leave (one mean answer is the time constant) and as many as usual come (Little's law: tokens expected a second times the time
-        of one). ``burst``: how much more than usual comes now. Who came while its own prompt was computed for ``own_ms`` is computed
-        right after: that is spread over the answer (``inverse``: mean of one over its length).
+        now leave (one mean answer is the time constant) and as many as usual come. ``burst``: how much more than usual comes now.
         """
         ranks, steps = self.ranks, self.steps
         others = (self.in_flight + self.others) / ranks
@@ -298,21 +296,30 @@ class InstanceBook:
         own = prompt_tokens + 0.5 * length
         if now_s - self._rates_s > RATES_S:
             self._rates_s = now_s
-            crowd = self._crowd / ranks
-            self._usual = min(MOST_EXCESS, 0.001 * self._excess.rate(now_s) * crowd)
-            self._due = self.tokens_due.rate(now_s) * crowd
-            self._rate = self.arrivals.rate(now_s) * crowd
-        usual, due, rate = self._usual, self._due, self._rate
+            self._look_ahead(others, context, now_s)
+        usual = self._usual
         present_ms = steps.decode_ms(others + 1.0, others * context + own) / (1.0 - usual)
         length_s = 0.001 * length * present_ms
-        coming = min(MOST_BATCH, 0.001 * due * present_ms)
-        residence_s = 0.001 * present_ms * due / rate if rate > 0.0 else length_s
-        share = _present_share(length_s, residence_s)
-        batch = share * others + (1.0 - share) * coming
+        share = _present_share(length_s, self._residence_s if self._residence_s > 0.0 else length_s)
+        batch = share * others + (1.0 - share) * self._coming
         lasting = _present_share(length_s + 0.001 * first_ms, BURST_S)
         excess = min(MOST_EXCESS, usual * (1.0 - lasting + lasting * burst))
         step_ms = steps.decode_ms(batch + 1.0, batch * context + own)
-        return step_ms, (step_ms + excess * own_ms * inverse) / (1.0 - excess) - step_ms
+        return step_ms, step_ms * excess / (1.0 - excess)
+
+    def _look_ahead(self, others: float, context: float, now_s: float) -> None:
+        """What the batch comes to if requests go on coming as usual: by Little's law tokens expected a second times the time of one, which
+        grows with the batch; near saturation it is only that much of the way there."""
+        crowd, steps = self._crowd / self.ranks, self.steps
+        usual = self._usual = min(MOST_EXCESS, 0.001 * self._excess.rate(now_s) * crowd)
+        due = self.tokens_due.rate(now_s) * crowd
+        rate = self.arrivals.rate(now_s) * crowd
+        batch, token_ms = others, 0.0
+        for _ in range(LITTLE_STEPS):
+            token_ms = steps.decode_ms(batch + 1.0, (batch + 1.0) * context) / (1.0 - usual)
+            batch = min(MOST_BATCH, 0.001 * due * token_ms)
+        self._coming = batch
+        self._residence_s = 0.001 * token_ms * due / rate if rate > 0.0 else 0.0
 
     # ---- inside
 

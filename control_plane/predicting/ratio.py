@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Final
 
-#: the ratio remembers some 300 requests, begins as if 20 had been as predicted, and is at most this or one over it
-RATIO_FADE: Final = 1.0 - 1.0 / 300.0
+#: the ratio remembers some 300 requests of each engine, begins as if 20 had been as predicted, and is at most this or one over it
+RATIO_MEMORY: Final = 300.0
 RATIO_PRIOR: Final = 20.0
 MOST_RATIO: Final = 3.0
 #: what a deviation has to be beyond: so many standard errors (samples of one engine overlap in time), and this in any case
@@ -25,13 +25,15 @@ class Ratio:
         self._observed = self._predicted = self._weight = 0.0
         self.value = 1.0
 
-    def observe(self, predicted: float, observed: float) -> None:
+    def observe(self, predicted: float, observed: float, engines: int) -> None:
+        """A request's, of one of so many ``engines`` that it is the ratio of."""
         if predicted <= 0.0 or not -math.inf < observed < math.inf:
             return
+        fade = 1.0 - 1.0 / (RATIO_MEMORY * max(1, engines))
         observed = min(10.0 * predicted, max(-10.0 * predicted, observed))
-        self._observed = RATIO_FADE * self._observed + observed
-        self._predicted = RATIO_FADE * self._predicted + predicted
-        self._weight = RATIO_FADE * self._weight + 1.0
+        self._observed = fade * self._observed + observed
+        self._predicted = fade * self._predicted + predicted
+        self._weight = fade * self._weight + 1.0
         mean = self._predicted / self._weight
         value = (self._observed + RATIO_PRIOR * mean) / (self._predicted + RATIO_PRIOR * mean)
         self.value = min(MOST_RATIO, max(1.0 / MOST_RATIO, value))
@@ -85,7 +87,7 @@ class OwnRatio:
     __slots__ = ("_deviation", "_mean", "factor")
 
     def __init__(self) -> None:
-        self._deviation = Deviation(300.0)
+        self._deviation = Deviation(RATIO_MEMORY)
         self._mean = 0.0
         self.factor = 1.0
 
@@ -94,7 +96,7 @@ class OwnRatio:
         if predicted <= 0.0 or not -math.inf < observed < math.inf:
             return
         deviation = self._deviation
-        self._mean += (predicted - self._mean) / min(300.0, deviation.weight + 1.0)
+        self._mean += (predicted - self._mean) / min(RATIO_MEMORY, deviation.weight + 1.0)
         deviation.observe(max(-MOST_RATIO, min(MOST_RATIO, (observed - predicted) / self._mean)))
         self.factor = min(MOST_RATIO, max(1.0 / MOST_RATIO, 1.0 + deviation.earned))
 
