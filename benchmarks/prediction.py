@@ -48,6 +48,10 @@ WORKLOADS = "azure_conv,azure_code,mooncake_conversation,sessions"
 #: what the skewed engines' GPUs reach: compute, bandwidth, seconds of a step beside its work
 SKEWED = {"h100": (0.45, 0.75, 3e-3), "a100": (0.60, 0.60, 5e-3), "l40s": (0.50, 0.80, 2e-3)}
 WARMUP_REQUESTS = 200
+#: whose answers would run on so long after the last arrival is not judged
+FALLING_S = 20.0
+#: a minute counts that has so many
+LEAST_IN_A_MINUTE = 20
 
 
 @dataclass(slots=True)
@@ -63,12 +67,38 @@ class Told:
     cached_tokens: int
 
 
+class Spread:
+    """How far what is said of equal instances differs at equal work: the standard deviation over the mean, averaged over kinds and time.
+
+    ``step``: decoding 16 sequences with 1,000 tokens of context each; ``marginal``: one more; ``prompt``: 2,000 tokens beside them."""
+
+    def __init__(self, kinds: Sequence[Sequence[ExecutionInstance]]) -> None:
+        self._kinds = [kind for kind in kinds if len(kind) > 1]
+        self._seen: dict[str, list[float]] = defaultdict(list)
+
+    def look(self, predictor: Any) -> None:
+        for kind in self._kinds:
+            steps = [predictor._model(instance).steps for instance in kind]
+            step_ms = [one.decode_ms(16.0, 16_000.0) for one in steps]
+            more_ms = [one.decode_ms(17.0, 17_000.0) for one in steps]
+            self._add("step", step_ms)
+            self._add("marginal", [more - less for more, less in zip(more_ms, step_ms, strict=True)])
+            self._add("prompt", [one.prefill_ms(2000.0, 2e6, 1.0, 16.0, 16_000.0) for one in steps])
+
+    def _add(self, name: str, values: list[float]) -> None:
+        self._seen[name].append(statistics.stdev(values) / statistics.mean(values))
+
+    def found(self) -> dict[str, float]:
+        return {name: statistics.mean(seen) for name, seen in self._seen.items()}
+
+
 @dataclass(slots=True)
 class Recorder(RoutingStrategy):
     """Another router, whose placements are written down with what the predictor says of them."""
 
     inner: RoutingStrategy
     told: dict[int, Told] = field(default_factory=dict)
+    spread: Spread | None = None
     name: str = "recorded"
 
     def place(self, request: RequestMetadata, candidates: Sequence[ExecutionInstance], view: FleetView) -> Placement:
@@ -86,6 +116,8 @@ class Recorder(RoutingStrategy):
             tpot_ms, p50 = predictor.tpot_ms(instance), predictor.output_tokens(request)
         p90 = known.output_tokens_p90(request)
         self.told[int(request.request_id)] = Told(view.now_s, instance.instance_id, ttft_ms, tpot_ms, p50, p90, cached)
+        if self.spread is not None and len(self.told) > WARMUP_REQUESTS and len(self.told) % 25 == 0:
+            self.spread.look(predictor)
         return placement
 
 
@@ -115,6 +147,10 @@ def simulation(spec: str, rate: float, options: argparse.Namespace) -> tuple[Sim
     if skewed:
         for instance in run.manager.get_instances():
             instance.profile = None  # so that it is guessed
+    kinds: dict[str, list[ExecutionInstance]] = defaultdict(list)
+    for part, instance in _instances(run):
+        kinds[part.profile.gpu.name].append(instance)
+    recorder.spread = Spread(list(kinds.values()))
     return run, recorder
 
 
@@ -123,16 +159,18 @@ def errors(pairs: list[tuple[float, float, float]]) -> dict[str, float]:
     minutes: dict[int, list[tuple[float, float]]] = defaultdict(list)
     for at_s, predicted, observed in pairs:
         minutes[int(at_s // 60)].append((predicted, observed))
+    if all(len(found) < LEAST_IN_A_MINUTE for found in minutes.values()):
+        minutes = {0: [(predicted, observed) for _, predicted, observed in pairs]}
     offs = [
         sum(predicted for predicted, _ in found) / sum(observed for _, observed in found) - 1.0
         for found in minutes.values()
-        if len(found) >= 20
+        if len(found) >= LEAST_IN_A_MINUTE
     ]
     # a minute's observed mean is itself a draw: who knows the true mean is off by 0.8 of its deviation on average
     floors = [
         0.8 * statistics.stdev(seen) / len(seen) ** 0.5 / statistics.mean(seen)
         for found in minutes.values()
-        if len(seen := [observed for _, observed in found]) >= 20
+        if len(seen := [observed for _, observed in found]) >= LEAST_IN_A_MINUTE
     ]
     single = sorted(abs(predicted / observed - 1.0) for _, predicted, observed in pairs if observed > 0.0)
     return {
@@ -159,8 +197,8 @@ def judged(run: Simulation, recorder: Recorder) -> dict[str, Any]:
         if out.state[row] != COMPLETED or not out.first_s[row]:
             continue
         at_s = told.at_s - BEGIN_S
-        if at_s > run.scenario.workload.duration_s:
-            break  # sessions go on while nothing new comes: the load falls away
+        if at_s > run.scenario.workload.duration_s - FALLING_S:
+            break  # while nothing new comes, and sessions go on, the load falls away
         seen = (at_s, told.ttft_ms, (out.first_s[row] - told.at_s) * 1000.0)
         ttft.append(seen)
         by_kind[f"ttft {gpu_of[told.instance]}"].append(seen)
@@ -207,12 +245,16 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
             run, recorder = simulation(spec, rate, options)
             run.run()
             found = {"workload": spec, "rate": rate, **judged(run, recorder)}
+            if recorder.spread is not None:
+                found["spread"] = recorder.spread.found()
             rows.append(found)
             print(_row(found), flush=True)
             if options.kinds:
                 for name, kind in found["kinds"].items():
                     print(f"    {name}: {_errors(kind)}", flush=True)
                 print(f"    cached tokens off by {found['hit_error_tokens']:.0f}", flush=True)
+                spread = ", ".join(f"{name} {value:.1%}" for name, value in found["spread"].items())
+                print(f"    equal instances differ by: {spread}", flush=True)
     return rows
 
 

@@ -13,7 +13,7 @@ from control_plane.fleet.ahead import count_ahead, count_begun
 from control_plane.fleet.prefix.index import NOT_MATCHED
 from control_plane.job import Job
 from control_plane.live_state import InFlight, LiveState
-from control_plane.predicting.book import Flight
+from control_plane.predicting.flight import Flight
 from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import Call, EngineOutcome, Headers
 from control_plane.types import ExecutionInstance, Leg, RequestMetadata, RequestStatus

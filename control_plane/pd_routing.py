@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from control_plane.admission import kind_of
 from control_plane.pd_selection import DECODING, PREFILLING, all_alike, for_phase
-from control_plane.prediction import NOT_GENERATIVE, LatencyPredictor
+from control_plane.predicting.sizes import NOT_GENERATIVE
+from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import Predictor
 from control_plane.types import ExecutionInstance, ExecutionInstanceType, PDSeparationConfig, RequestMetadata
 

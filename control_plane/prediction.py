@@ -15,29 +15,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final, TypeVar, cast
+from typing import Final, cast
 
 from control_plane.clock import Clock
 from control_plane.live_state import LiveState, RequestFields
-from control_plane.predicting import newcomer
+from control_plane.predicting import learning, newcomer
 from control_plane.predicting.arrivals import Arrivals
-from control_plane.predicting.book import Flight, InstanceBook
+from control_plane.predicting.book import TYPICAL_CONTEXT_TOKENS, InstanceBook
+from control_plane.predicting.bounded import insert
 from control_plane.predicting.calibration import Calibration, calibrations
+from control_plane.predicting.flight import Flight
+from control_plane.predicting.forecast import Forecast
 from control_plane.predicting.hits import HitShares
-from control_plane.predicting.lengths import LengthClass, Lengths, remaining
-from control_plane.predicting.newcomer import TYPICAL_CONTEXT_TOKENS
+from control_plane.predicting.lengths import LengthClass, remaining
 from control_plane.predicting.priors import prior_of
+from control_plane.predicting.shared_steps import EngineSteps, Family
+from control_plane.predicting.sizes import MAX_MODELS, RequestSizes, within
 from control_plane.predicting.spending import MS_PER_HOUR, Spending
-from control_plane.predicting.step_model import SIZE, StepModel
 from control_plane.protocols import Queued
-from control_plane.types import ExecutionInstance, RequestKind, RequestMetadata, Usage
+from control_plane.roofline import EngineProfile
+from control_plane.types import ExecutionInstance, RequestMetadata, Usage
 
 #: so many ends of an instance all teach; after that one in so many seconds does, which follows any drift and costs nothing under load
 LEARN_ALL_SAMPLES: Final = 256
 SAMPLE_INTERVAL_S: Final = 0.02
 #: batch at which an instance counts as well used: what a request's own work there is, before history says how it is used
 NOMINAL_BATCH: Final = 32.0
-BYTES_PER_TOKEN_PRIOR: Final = 4.0
 #: of an instance whose requests are not known here one by one: the share of its work that a newcomer waits for
 WAIT_SHARE: Final = 0.01
 #: an idle instance that was faster once is believed to be again: so long after the last sample, halving each so many seconds; after a
@@ -47,58 +50,29 @@ PARDON_HALF_LIFE_S: Final = 5.0
 PARDON_AT_MOST_S: Final = 160.0
 #: slower than its best by this factor: it is to be tried again
 FORMERLY_FASTER: Final = 1.5
-MAX_MODELS: Final = 1024
 MAX_INSTANCES: Final = 16_384
 
-_CHAT: Final = RequestKind.CHAT
-NOT_GENERATIVE: Final = frozenset((RequestKind.EMBEDDING, RequestKind.RERANK, RequestKind.SCORE, RequestKind.ANY))
-
-_K = TypeVar("_K")
-_V = TypeVar("_V")
+#: what engines that cannot be told apart have in common: model, role, ranks, and what they are believed to be
+FamilyKey = tuple[str, str, int, EngineProfile]
 
 
 class InstanceModel:
     """What is believed of one instance, and what is in flight there."""
 
-    __slots__ = ("book", "model_name", "next_sample_s", "ranks", "samples", "steps", "trials")
+    __slots__ = ("book", "family", "key", "model_name", "next_sample_s", "ranks", "samples", "steps", "trials")
 
-    def __init__(self, instance: ExecutionInstance, now_s: float) -> None:
+    def __init__(self, instance: ExecutionInstance, key: FamilyKey, family: Family, now_s: float) -> None:
+        self.key = key
+        self.family = family
         self.model_name = instance.model_name
         self.ranks = max(1, instance.data_parallel_size)
-        self.steps = StepModel(prior_of(instance))
+        self.steps = EngineSteps(family)
         self.book = InstanceBook(self.steps, self.ranks, now_s)
         #: how many ends taught it something, and from when on the next one does
         self.samples = 0
         self.next_sample_s = 0.0
         #: requests that were sent there to see whether it is as fast again as it was
         self.trials = 0
-
-
-class Forecast:
-    """What is expected of a request on one instance. ``ttft_ms`` counts from sending it there and is the sum of the way there, ``wait_ms``
-    and ``prefill_ms``, times ``correction``; ``service_ms`` is what remains of it all without waiting."""
-
-    __slots__ = ("cached_tokens", "correction", "delay_ms", "output_tokens", "prefill_ms", "service_ms", "tpot_ms", "ttft_ms", "wait_ms")
-
-    def __init__(
-        self,
-        cached_tokens: int,
-        delay_ms: float,
-        wait_ms: float,
-        prefill_ms: float,
-        correction: float,
-        tpot_ms: float,
-        output_tokens: float,
-    ) -> None:
-        self.cached_tokens = cached_tokens
-        self.delay_ms = delay_ms
-        self.wait_ms = wait_ms
-        self.prefill_ms = prefill_ms
-        self.correction = correction
-        self.ttft_ms = (delay_ms + wait_ms + prefill_ms) * correction
-        self.tpot_ms = tpot_ms
-        self.output_tokens = output_tokens
-        self.service_ms = prefill_ms + output_tokens * tpot_ms
 
 
 class LatencyPredictor:
@@ -111,8 +85,8 @@ class LatencyPredictor:
     def __init__(self, clock: Clock | None = None) -> None:
         self._clock = clock
         self._instances: dict[str, InstanceModel] = {}
-        self._bytes_per_token: dict[str, float] = {}
-        self._lengths = Lengths()
+        self._families: dict[FamilyKey, Family] = {}
+        self._sizes = RequestSizes()
         self._hits = HitShares()
         #: requests sent out, by model
         self._arrivals: dict[str, Arrivals] = {}
@@ -131,61 +105,49 @@ class LatencyPredictor:
 
     def input_tokens(self, request: RequestMetadata) -> int:
         """Prompt tokens: as told by ``request.input_tokens``, else counted (token ids), else bytes by the model's learned ratio."""
-        fields: RequestFields = request
-        told: int | None = fields.input_tokens
-        if told is not None:
-            return told
-        prompt = fields.prompt
-        if prompt and isinstance(prompt, list) and isinstance(prompt[0], int):
-            return len(prompt)
-        size: int | None = fields.prompt_size_bytes
-        if size is None:
-            size = request.prompt_bytes
-        return int(size / self._bytes_per_token.get(fields.model_name or "", BYTES_PER_TOKEN_PRIOR)) + 1
+        return self._sizes.input_tokens(request)
 
     def output_tokens(self, request: RequestMetadata) -> int:
         """Expected (mean) answer tokens, at most ``max_tokens``; 0 for kinds that generate nothing."""
-        found = self._length_class(request)
-        if found is None:
-            return 0
-        limit: int | None = request.max_tokens
-        expected = int(found.mean + 0.5) or 1
-        return expected if limit is None or expected < limit else limit
+        found = self._sizes.lengths_of(request)
+        return 0 if found is None else within(found.mean, request.max_tokens)
 
     def output_tokens_p50(self, request: RequestMetadata) -> int:
         """The length that half of such answers stay below: who is short."""
-        found = self._length_class(request)
-        return 0 if found is None else _within(found.p50, request.max_tokens)
+        found = self._sizes.lengths_of(request)
+        return 0 if found is None else within(found.p50, request.max_tokens)
 
     def output_tokens_p90(self, request: RequestMetadata) -> int:
         """The length that nine of ten such answers stay below, at most ``max_tokens``: how much memory to expect."""
-        found = self._length_class(request)
-        return 0 if found is None else _within(found.p90, request.max_tokens)
+        found = self._sizes.lengths_of(request)
+        return 0 if found is None else within(found.p90, request.max_tokens)
 
     def remaining_tokens(self, request: RequestMetadata, streamed_tokens: int, q: float = 0.5) -> int:
         """The ``q``-quantile of the tokens still to come of an answer that has ``streamed_tokens`` already."""
-        found = self._length_class(request)
+        found = self._sizes.lengths_of(request)
         if found is None:
             return 0
         limit: int | None = request.max_tokens
         left = None if limit is None else max(0, limit - streamed_tokens)
-        return _within(remaining(found, streamed_tokens, q), left)
-
-    def _length_class(self, request: RequestMetadata) -> LengthClass | None:
-        fields: RequestFields = request
-        kind = fields.kind
-        if (kind is None and fields.input is not None) or (kind is not _CHAT and kind in NOT_GENERATIVE):
-            return None
-        return self._lengths.of(fields.model_name or "", fields.tenant, self.input_tokens(request), fields.max_tokens)
+        return within(remaining(found, streamed_tokens, q), left)
 
     # -- instances ---------------------------------------------------------------------------------------------------------------
 
     def _model(self, instance: LiveState) -> InstanceModel:
         found = self._instances.get(instance.instance_id)
-        if found is None or found.model_name != instance.model_name:
-            made = InstanceModel(cast(ExecutionInstance, instance), self._now_s())
-            found = _insert(self._instances, instance.instance_id, made, MAX_INSTANCES)
+        if found is None or (found.model_name is not instance.model_name and found.model_name != instance.model_name):
+            found = self._new_model(cast(ExecutionInstance, instance))
+        found.book.others = instance.others_requests
         return found
+
+    def _new_model(self, instance: ExecutionInstance) -> InstanceModel:
+        prior = prior_of(instance)
+        key = (instance.model_name, instance.instance_type, instance.data_parallel_size, prior)
+        self.forget(instance.instance_id)
+        family = self._families.get(key)
+        if family is None:
+            family = insert(self._families, key, Family(prior), MAX_INSTANCES)
+        return insert(self._instances, instance.instance_id, InstanceModel(instance, key, family, self._now_s()), MAX_INSTANCES)
 
     def prefill_ms(self, instance: ExecutionInstance, tokens: int) -> float:
         model = self._model(instance)
@@ -196,8 +158,8 @@ class LatencyPredictor:
         """Milliseconds per further output token with one request more than are in flight there now."""
         model = self._model(instance)
         now_s = self._now_s()
-        plain_ms, beside_ms = self._tpot_parts_ms(model, instance, TYPICAL_CONTEXT_TOKENS, 0.0, 0.0, 0.0, 0.0, 1.0, now_s)
-        return (plain_ms + beside_ms * model.book.tpot_ratio.value) * self._believed(model, now_s)
+        plain_ms, beside_ms = self._tpot_parts_ms(model, instance, TYPICAL_CONTEXT_TOKENS, 0.0, 0.0, 1.0, now_s)
+        return (plain_ms + beside_ms * model.book.tpot_correction) * self._believed(model, now_s)
 
     def newcomers_ms(
         self, instances: Sequence[ExecutionInstance], cached_tokens: Sequence[int], prompt_tokens: int
@@ -211,15 +173,15 @@ class LatencyPredictor:
             model = self._model(live)
             steps, book = model.steps, model.book
             in_flight: float = live.active_requests
-            batch = max(book.in_flight, in_flight) / model.ranks
-            kv_tokens = book.context_tokens / model.ranks if book.in_flight else batch * TYPICAL_CONTEXT_TOKENS
+            batch = (max(book.in_flight, in_flight) + book.others) / model.ranks
+            kv_tokens = book.kv_tokens() if book.in_flight else batch * TYPICAL_CONTEXT_TOKENS
             cached = cached_tokens[at]
             uncached = prompt_tokens - cached
             ahead_ms, own_ms, stall_ms, step_ms, longer_ms = newcomer.steps_ms(
                 steps, book, batch, kv_tokens, float(cached), float(uncached) if uncached > 0 else 1.0
             )
             believed = self._believed(model, now_s)
-            correction = book.ttft_ratio.value * believed
+            correction = book.ttft_correction * believed
             found.append((ahead_ms * correction, own_ms * correction, stall_ms * believed, step_ms * believed, longer_ms * believed))
         return found
 
@@ -237,7 +199,7 @@ class LatencyPredictor:
             outstanding_ms: float = instance.outstanding_ms
             return outstanding_ms * WAIT_SHARE / model.ranks
         now_s = self._now_s()
-        return book.wait_ms(now_s, model.steps.x6) * book.ttft_ratio.value * self._believed(model, now_s)
+        return book.wait_ms(now_s, model.steps.delay_ms) * book.ttft_correction * self._believed(model, now_s)
 
     def service_ms(self, request: RequestMetadata, instance: ExecutionInstance) -> float:
         return self.services_ms(request, (instance,))[0]
@@ -245,23 +207,19 @@ class LatencyPredictor:
     def services_ms(self, request: RequestMetadata, instances: Sequence[ExecutionInstance]) -> list[float]:
         """Prefill and decode on each of them, without waiting and with nothing cached; the request's own figures are looked up once."""
         inputs = float(self.input_tokens(request))
-        lengths = self._length_class(request)
-        outputs = 0.0 if lengths is None else float(_within(lengths.mean, request.max_tokens))
-        inverse = 0.0 if lengths is None else lengths.mean_inverse
+        lengths = self._sizes.lengths_of(request)
+        outputs = 0.0 if lengths is None else float(within(lengths.mean, request.max_tokens))
         pairs = 0.5 * inputs * inputs
         now_s = self._now_s()
         burst = self._burst(request, now_s)
-        known = self._instances
         found: list[float] = []
         for instance in instances:
             live: LiveState = instance
-            model = known.get(live.instance_id)
-            if model is None or (model.model_name is not live.model_name and model.model_name != live.model_name):
-                model = self._model(live)
+            model = self._model(live)
             service_ms = model.steps.prefill_ms(inputs, pairs, 1.0, 0.0, 0.0)
             if outputs > 0.0:
-                plain_ms, beside_ms = self._tpot_parts_ms(model, live, inputs, outputs, inverse, service_ms, service_ms, burst, now_s)
-                service_ms += outputs * (plain_ms + beside_ms * model.book.tpot_ratio.value)
+                plain_ms, beside_ms = self._tpot_parts_ms(model, live, inputs, outputs, service_ms, burst, now_s)
+                service_ms += outputs * (plain_ms + beside_ms * model.book.tpot_correction)
             found.append(service_ms * self._believed(model, now_s))
         return found
 
@@ -271,14 +229,14 @@ class LatencyPredictor:
         cached = self._hits.expected(request.model_name or "", inputs, cached_tokens)
         model = self._model(instance)
         now_s = self._now_s()
-        lengths = self._length_class(request)
+        lengths = self._sizes.lengths_of(request)
         burst = self._burst(request, now_s)
         return self._forecast(model, instance, inputs, cached, lengths, request.max_tokens, burst, now_s, self._believed(model, now_s))
 
     def forecasts(self, request: RequestMetadata, instances: Sequence[ExecutionInstance], cached_tokens: Sequence[int]) -> list[Forecast]:
         """:meth:`forecast` for each of them, with what the prefix index says of each."""
         inputs = self.input_tokens(request)
-        lengths = self._length_class(request)
+        lengths = self._sizes.lengths_of(request)
         limit: int | None = request.max_tokens
         name: str = request.model_name or ""
         now_s = self._now_s()
@@ -298,17 +256,15 @@ class LatencyPredictor:
         steps, book = model.steps, model.book
         uncached = float(max(1, inputs - cached))
         pairs = uncached * (cached + 0.5 * uncached)
-        wait_ms = book.wait_ms(now_s, steps.x6) * believed
-        own_ms = book.own_ms(uncached, pairs, now_s, steps.x6) * believed
-        outputs = 0.0 if lengths is None else float(_within(lengths.mean, limit))
-        inverse = 0.0 if lengths is None else lengths.mean_inverse
-        first_ms = wait_ms + own_ms
-        plain_ms, beside_ms = self._tpot_parts_ms(model, live, float(inputs), outputs, inverse, first_ms, own_ms, burst, now_s)
-        tpot_ms = (plain_ms + beside_ms * book.tpot_ratio.value) * believed
+        wait_ms = book.wait_ms(now_s, steps.delay_ms) * believed
+        own_ms = book.own_ms(uncached, pairs, now_s, steps.delay_ms) * believed
+        outputs = 0.0 if lengths is None else float(within(lengths.mean, limit))
+        plain_ms, beside_ms = self._tpot_parts_ms(model, live, float(inputs), outputs, wait_ms + own_ms, burst, now_s)
+        tpot_ms = (plain_ms + beside_ms * book.tpot_correction) * believed
         if flight is not None:
             flight.plain_ms = plain_ms * believed
             flight.beside_ms = beside_ms * believed
-        return Forecast(cached, steps.x6, wait_ms, own_ms, book.ttft_ratio.value, tpot_ms, outputs)
+        return Forecast(cached, steps.delay_ms, wait_ms, own_ms, book.ttft_correction, tpot_ms, outputs)
 
     def _burst(self, request: RequestMetadata, now_s: float) -> float:
         """How many times more requests than usual have come for its model in the last seconds."""
@@ -330,23 +286,22 @@ class LatencyPredictor:
     def _delay_ms(self, model: InstanceModel, live: LiveState, uncached: float) -> float:
         book, steps = model.book, model.steps
         in_flight: float = live.active_requests
-        batch = max(book.in_flight, in_flight) / model.ranks
+        batch = (max(book.in_flight, in_flight) + book.others) / model.ranks
         if batch <= 0.0:
             return 0.0
-        kv_tokens = book.context_tokens / model.ranks if book.in_flight else batch * TYPICAL_CONTEXT_TOKENS
+        kv_tokens = book.kv_tokens() if book.in_flight else batch * TYPICAL_CONTEXT_TOKENS
         with_it_ms = steps.prefill_ms(uncached, 0.5 * uncached * uncached, 1.0, batch, kv_tokens)
         return batch * max(0.0, with_it_ms - steps.steps_of(uncached, batch) * steps.decode_ms(batch, kv_tokens))
 
     def _tpot_parts_ms(
-        self, model: InstanceModel, live: LiveState, inputs: float, outputs: float, inverse: float, first_ms: float, own_ms: float,
-        burst: float, now_s: float,
-    ) -> tuple[float, float]:  # fmt: skip
+        self, model: InstanceModel, live: LiveState, inputs: float, outputs: float, first_ms: float, burst: float, now_s: float
+    ) -> tuple[float, float]:
         book = model.book
         if book.known:
-            return book.tpot_ms(inputs, outputs, inverse, first_ms, own_ms, burst, now_s)
+            return book.tpot_ms(inputs, outputs, first_ms, burst, now_s)
         # nothing was sent there through us: as many as its owner says are decoding
         in_flight: float = live.active_requests
-        others = in_flight / model.ranks
+        others = (in_flight + book.others) / model.ranks
         return model.steps.decode_ms(others + 1.0, others * TYPICAL_CONTEXT_TOKENS + inputs + 0.5 * outputs), 0.0
 
     def _believed(self, model: InstanceModel, now_s: float) -> float:
@@ -355,8 +310,7 @@ class LatencyPredictor:
         book = model.book
         if book.in_flight > 0.0:
             return book.slower(now_s)
-        steps = model.steps
-        ratio = steps.best_reference_ms / steps.reference_ms
+        ratio = model.steps.faster_once
         if ratio * FORMERLY_FASTER >= 1.0:
             return 1.0
         grace_s = min(PARDON_AT_MOST_S, PARDON_AFTER_S * float(1 << min(4, model.trials)))
@@ -404,21 +358,21 @@ class LatencyPredictor:
         if believed < 1.0:
             model.trials += 1
             book.sampled_s = now_s
-        lengths = self._length_class(request)
+        lengths = self._sizes.lengths_of(request)
         if lengths is not None:
             limit: int | None = fields.max_tokens
-            flight.predicted_tokens = float(_within(lengths.mean, limit))
-            flight.length_p50 = float(_within(lengths.p50, limit))
-            flight.length_p90 = float(_within(lengths.p90, limit))
+            flight.predicted_tokens = float(within(lengths.mean, limit))
+            flight.length_p50 = float(within(lengths.p50, limit))
+            flight.length_p90 = float(within(lengths.p90, limit))
         burst = self._burst(request, now_s)
         told = self._forecast(model, instance, inputs, cached, lengths, fields.max_tokens, burst, now_s, believed, flight)
         flight.raw_ttft_ms = told.delay_ms + told.wait_ms + told.prefill_ms
         flight.predicted_ttft_ms = told.ttft_ms
         flight.predicted_tpot_ms = told.tpot_ms
-        book.send(flight, streamed=streamed, delay_ms=steps.x6)
+        book.send(flight, streamed=streamed, delay_ms=steps.delay_ms)
         arrivals = self._arrivals.get(name)
         if arrivals is None:
-            arrivals = _insert(self._arrivals, name, Arrivals(now_s), MAX_MODELS)
+            arrivals = insert(self._arrivals, name, Arrivals(now_s), MAX_MODELS)
         arrivals.add(now_s)
         return flight
 
@@ -450,49 +404,25 @@ class LatencyPredictor:
             if usage.completion_tokens:
                 if flight.length_p50 > 0.0:
                     self._length.observe(flight.length_p50, flight.length_p90, float(usage.completion_tokens))
-                self._lengths.observe(name, fields.tenant, flight.prompt_tokens, fields.max_tokens, usage.completion_tokens)
+                self._sizes.observe_length(name, fields.tenant, flight.prompt_tokens, fields.max_tokens, usage.completion_tokens)
         if flight.first_s > 0.0:
-            self._learn_first_token(model, flight, uncached, pairs)
-            self._learn_decode(model, flight, usage.completion_tokens, last_s)
+            ttft_ms = 1000.0 * (flight.first_s - flight.sent_s)
+            if flight.predicted_ttft_ms > 0.0:
+                self._ttft.observe(flight.predicted_ttft_ms, self._ttft.high(flight.predicted_ttft_ms), ttft_ms)
+            learning.first_token(flight, uncached, pairs, ttft_ms)
+            if usage.completion_tokens >= 2 and last_s > flight.first_s:
+                tpot_ms = 1000.0 * (last_s - flight.first_s) / (usage.completion_tokens - 1)
+                if flight.predicted_tpot_ms > 0.0:
+                    self._tpot.observe(flight.predicted_tpot_ms, self._tpot.high(flight.predicted_tpot_ms), tpot_ms)
+                learning.decode(flight, tpot_ms)
+                if model.trials and model.steps.faster_once * FORMERLY_FASTER > 1.0:
+                    model.trials = 0
         if price:
             plain_usd = price * self._work_ms(model, float(flight.prompt_tokens), flight.predicted_tokens) / MS_PER_HOUR
             predicted_usd = plain_usd * self.spending.ratio(fields.tenant, name)
             self._cost.observe(predicted_usd, self._cost.high(predicted_usd), actual_usd)
             self.spending.settle(fields.tenant, name, plain_usd, predicted_usd, actual_usd)
         return actual_usd
-
-    def _learn_first_token(self, model: InstanceModel, flight: Flight, uncached: float, pairs: float) -> None:
-        steps, book = model.steps, model.book
-        ttft_ms = 1000.0 * (flight.first_s - flight.sent_s)
-        if flight.predicted_ttft_ms > 0.0:
-            self._ttft.observe(flight.predicted_ttft_ms, self._ttft.high(flight.predicted_ttft_ms), ttft_ms)
-        if book.compares(flight):
-            book.ttft_ratio.observe(flight.raw_ttft_ms, ttft_ms)
-        parts = [0.0] * SIZE
-        steps.add_prefill(parts, uncached, 1.0, flight.batch)
-        steps.add_rest(parts, flight.kv_tokens, pairs, flight.batch)
-        step_ms = 1000.0 * (flight.first_s - flight.step_s)
-        if flight.step_s > 0.0 and step_ms > 0.5:
-            steps.learn(step_ms, parts)
-        elif flight.exclusive:
-            spread_ms = 0.0
-            parts[SIZE - 1] = 1.0
-            if flight.waits_step:  # it came somewhere in a step: half of it on average, evenly spread
-                steps.add_step(parts, 0.5, 0.0, flight.batch, 0.0)
-                steps.add_rest(parts, 0.5 * flight.kv_tokens, 0.0, 0.5 * flight.batch)
-                spread_ms = 0.29 * steps.decode_ms(flight.batch, flight.kv_tokens)
-            steps.learn(ttft_ms, parts, spread_ms)
-
-    def _learn_decode(self, model: InstanceModel, flight: Flight, output_tokens: int, last_s: float) -> None:
-        if output_tokens < 2 or last_s <= flight.first_s:
-            return
-        tpot_ms = 1000.0 * (last_s - flight.first_s) / (output_tokens - 1)
-        if flight.predicted_tpot_ms > 0.0:
-            self._tpot.observe(flight.predicted_tpot_ms, self._tpot.high(flight.predicted_tpot_ms), tpot_ms)
-        if model.book.compares(flight):
-            model.book.tpot_ratio.observe(flight.beside_ms, tpot_ms - flight.plain_ms)
-        if model.trials and model.steps.reference_ms < FORMERLY_FASTER * model.steps.best_reference_ms:
-            model.trials = 0
 
     def wants_sample(self, instance: LiveState, now_s: float) -> bool:
         """Whether a request that ended well there now is to be learned from; counts it as one that is."""
@@ -505,29 +435,16 @@ class LatencyPredictor:
 
     def observe_length(self, model: str, request: RequestMetadata, output_tokens: int) -> None:
         """An answer ended by itself or at ``max_tokens``; broken and cancelled ones tell nothing and are not to be given here."""
-        self._lengths.observe(model, request.tenant, self.input_tokens(request), request.max_tokens, output_tokens)
+        self._sizes.observe_length(model, request.tenant, self.input_tokens(request), request.max_tokens, output_tokens)
 
     def observe_bytes_per_token(self, model: str, prompt_bytes: int, tokens: int) -> None:
         """A prompt of that many bytes had ``tokens`` tokens as the engine counted."""
-        if tokens < 1 or prompt_bytes < 1:
-            return
-        known = self._bytes_per_token.get(model, BYTES_PER_TOKEN_PRIOR)
-        seen = min(16.0, max(0.5, prompt_bytes / tokens))
-        _insert(self._bytes_per_token, model, known + 0.05 * (seen - known), MAX_MODELS)
+        self._sizes.observe_prompt(model, prompt_bytes, tokens)
 
     def forget(self, instance_id: str) -> None:
         """Drop what was learned of an instance: it left, or came back as something else."""
-        self._instances.pop(instance_id, None)
-
-
-def _within(tokens: float, limit: int | None) -> int:
-    found = int(tokens + 0.5) or 1
-    return found if limit is None or found < limit else limit
-
-
-def _insert(table: dict[_K, _V], key: _K, value: _V, limit: int) -> _V:
-    """Put, dropping the oldest entry of a full table."""
-    if key not in table and len(table) >= limit:
-        del table[next(iter(table))]
-    table[key] = value
-    return value
+        found = self._instances.pop(instance_id, None)
+        if found is not None:
+            found.steps.leave()
+            if not found.family.members:
+                self._families.pop(found.key, None)

@@ -4,6 +4,9 @@ A request waits for its prompt's steps, then decodes. An engine computes the pro
 those in flight are either in the step under way or in the next one: when a first token comes, a step has ended, and whoever waits then is
 in the one that begins. Sums over time (batch, context) and over steps with prompts (the parts of StepModel) are kept running, so that what
 happened during any one answer is a difference of two readings. O(1) an event; no list is walked.
+
+Requests that others sent to the same engine are known by their number only, from scrapes: they count as decoding, with as much context as
+ours have, and as bringing prompts as often as ours do.
 """
 
 from __future__ import annotations
@@ -12,9 +15,16 @@ import math
 from typing import Final
 
 from control_plane.predicting.arrivals import Arrivals
-from control_plane.predicting.ratio import Ratio
-from control_plane.predicting.step_model import SIZE, StepModel
+from control_plane.predicting.flight import Flight
+from control_plane.predicting.ratio import OwnRatio
+from control_plane.predicting.shared_steps import EngineSteps
+from control_plane.predicting.step_model import SIZE
 
+#: context of a request of which none is known
+TYPICAL_CONTEXT_TOKENS: Final = 1000.0
+#: others' requests for each of ours, at most, where what they do is guessed from what ours do; over so many seconds
+MOST_CROWD: Final = 4.0
+CROWD_S: Final = 20.0
 #: first tokens of one step come within this, seconds
 SAME_STEP_S: Final = 0.0005
 #: batch and share of time that are reckoned with at most
@@ -22,6 +32,8 @@ MOST_BATCH: Final = 512.0
 MOST_EXCESS: Final = 0.9
 #: rates are read anew after so many seconds
 RATES_S: Final = 0.1
+#: times that Little's law is applied to what it gave
+LITTLE_STEPS: Final = 4
 #: bursts last so long on average, seconds
 BURST_S: Final = 5.0
 #: a sample of decode needs so many tokens; a stream is told of its tokens 32 at a time
@@ -35,94 +47,14 @@ PATIENCE_MS: Final = 100.0
 MOST_SLOWER: Final = 100.0
 
 
-class Flight:
-    """One request on one engine. ``*_s`` are monotonic seconds."""
-
-    __slots__ = (
-        "batch",
-        "beside_ms",
-        "book",
-        "cached_tokens",
-        "context_tokens",
-        "era",
-        "exclusive",
-        "first_s",
-        "group",
-        "index_tokens",
-        "kv_tokens",
-        "length_p50",
-        "length_p90",
-        "own_ms",
-        "pairs",
-        "plain_ms",
-        "predicted_tokens",
-        "predicted_tpot_ms",
-        "predicted_ttft_ms",
-        "predicted_usd",
-        "prompt_tokens",
-        "raw_ttft_ms",
-        "sent_s",
-        "share_ms",
-        "state",
-        "step_s",
-        "told",
-        "uncached_tokens",
-        "waits_step",
-        "window_batch_s",
-        "window_context_s",
-        "window_excess_ms",
-        "window_mixed",
-        "window_parts",
-        "window_s",
-        "window_tokens",
-    )
-
-    def __init__(self, book: InstanceBook, sent_s: float, prompt_tokens: int, index_tokens: int, cached_tokens: int) -> None:
-        self.book = book
-        self.sent_s = sent_s
-        self.prompt_tokens = prompt_tokens
-        #: cached as the prefix index says, and as expected
-        self.index_tokens = index_tokens
-        self.cached_tokens = cached_tokens
-        self.uncached_tokens = float(max(1, prompt_tokens - cached_tokens))
-        self.pairs = self.uncached_tokens * (cached_tokens + 0.5 * self.uncached_tokens)
-        self.context_tokens = 0.0
-        #: 0: its prompt waits or is computed, 1: it decodes, 2: it has left
-        self.state = 0
-        #: of the engine's model when it was sent
-        self.era = book.steps.era
-        self.told = 0
-        self.first_s = 0.0
-        #: it came while nobody waited; nobody came after it either
-        self.exclusive = False
-        #: a decode step was under way when it came
-        self.waits_step = False
-        #: when the step began in which its prompt was computed alone; 0.0: not so
-        self.step_s = 0.0
-        #: decoding beside its prompt, and their context
-        self.batch = 0.0
-        self.kv_tokens = 0.0
-        self.group = 0
-        # the readings when its present window began
-        self.window_s = self.window_batch_s = self.window_context_s = self.window_mixed = self.window_excess_ms = 0.0
-        self.window_parts: list[float] = []
-        self.window_tokens = 0
-        #: engine milliseconds that it took up in decode, and those of its prompt
-        self.share_ms = 0.0
-        self.own_ms = 0.0
-        # what was predicted when it was sent; without the correction by what came of earlier ones: TTFT, and of TPOT decoding and the rest
-        self.plain_ms = self.beside_ms = 0.0
-        self.raw_ttft_ms = self.predicted_ttft_ms = self.predicted_tpot_ms = 0.0
-        self.predicted_tokens = self.length_p50 = self.length_p90 = self.predicted_usd = 0.0
-
-
 class InstanceBook:
     """One engine. A data-parallel server's ranks work side by side: ``ranks`` of them share what is in flight evenly."""
 
     __slots__ = (
         "_batch_s",
+        "_coming",
         "_context_s",
-        "_due",
+        "_crowd",
         "_excess",
         "_excess_ms",
         "_group",
@@ -135,12 +67,14 @@ class InstanceBook:
         "_group_span_s",
         "_group_tokens",
         "_group_uncommitted",
+        "_mean_others",
+        "_mean_ours",
         "_mixed",
         "_now_s",
         "_parts",
-        "_rate",
         "_rates_s",
         "_ratio_era",
+        "_residence_s",
         "_usual",
         "arrivals",
         "context_tokens",
@@ -155,6 +89,7 @@ class InstanceBook:
         "late_prompts",
         "late_tokens",
         "next_sample_s",
+        "others",
         "ranks",
         "sampled_s",
         "steps",
@@ -163,12 +98,17 @@ class InstanceBook:
         "ttft_ratio",
     )
 
-    def __init__(self, steps: StepModel, ranks: int, now_s: float) -> None:
+    def __init__(self, steps: EngineSteps, ranks: int, now_s: float) -> None:
         self.steps = steps
         self.ranks = float(ranks)
         #: something has been sent there through us
         self.known = False
         self.in_flight = 0.0
+        #: requests of others on the engine
+        self.others = 0.0
+        #: ours and others' over time, and by what the work of ours is to be multiplied to be that of all
+        self._mean_ours = self._mean_others = 0.0
+        self._crowd = 1.0
         self.decoding = 0.0
         #: of those that decode
         self.context_tokens = 0.0
@@ -180,8 +120,8 @@ class InstanceBook:
         self.next_sample_s = 0.0
         #: when its last sample was taken
         self.sampled_s = now_s
-        self.ttft_ratio = Ratio()
-        self.tpot_ratio = Ratio()
+        self.ttft_ratio = OwnRatio()
+        self.tpot_ratio = OwnRatio()
         self._ratio_era = steps.era
         self._now_s = now_s
         self._batch_s = self._context_s = 0.0
@@ -191,8 +131,8 @@ class InstanceBook:
         self._parts = [0.0] * (SIZE + 2)
         #: milliseconds by which prompts made steps longer, or would have
         self._excess = Arrivals(now_s)
-        #: the rates as they were a moment ago: share of time, tokens and requests a second
-        self._usual = self._due = self._rate = 0.0
+        #: as it was a moment ago: the share of time for prompts, the batch that comes, and how long one of it stays
+        self._usual = self._coming = self._residence_s = 0.0
         self._rates_s = -1e9
         #: requests, and their expected tokens
         self.arrivals = Arrivals(now_s)
@@ -210,9 +150,9 @@ class InstanceBook:
         """A request goes there now. ``streamed``: its first token will show."""
         now_s = flight.sent_s
         self._advance(now_s)
-        flight.batch = self.decoding / self.ranks
-        flight.kv_tokens = self.context_tokens / self.ranks
-        flight.waits_step = self.decoding > 0.0
+        flight.batch = self._batch()
+        flight.kv_tokens = self.kv_tokens()
+        flight.waits_step = flight.batch > 0.0
         self.in_flight += 1.0
         self.known = True
         self.arrivals.add(now_s)
@@ -224,7 +164,7 @@ class InstanceBook:
             return
         waiting = self.current_prompts + self.late_prompts
         if waiting == 0.0:
-            flight.exclusive = True
+            flight.exclusive = self.others < 0.5
             step_ms = self.steps.decode_ms(flight.batch, flight.kv_tokens) if flight.waits_step else 0.0
             self.current_s = now_s + 0.001 * (delay_ms + 0.5 * step_ms)
         if now_s + 0.001 * delay_ms <= self.current_s or waiting == 0.0:
@@ -287,6 +227,23 @@ class InstanceBook:
 
     # ---- what is to be expected
 
+    @property
+    def ttft_correction(self) -> float:
+        """By what first tokens of the engine's kind, and of this one beyond that, came later than predicted."""
+        return self.steps.kind.ttft_ratio.value * self.ttft_ratio.factor
+
+    @property
+    def tpot_correction(self) -> float:
+        """The same for what of a token's time is not a decode step."""
+        return self.steps.kind.tpot_ratio.value * self.tpot_ratio.factor
+
+    def kv_tokens(self) -> float:
+        """The context of those that decode on one rank."""
+        if self.others <= 0.0:
+            return self.context_tokens / self.ranks
+        own = self.context_tokens / self.decoding if self.decoding > 0.5 else TYPICAL_CONTEXT_TOKENS
+        return (self.context_tokens + self.others * own) / self.ranks
+
     def slower(self, now_s: float) -> float:
         """How many times slower than believed it must be, since a prompt that is being computed has no first token for so long; 1.0:
         nothing says so. Streams that tell nothing say nothing: their clients may be the slow ones."""
@@ -296,7 +253,7 @@ class InstanceBook:
         if silent_ms <= PATIENCE_MS:
             return 1.0
         ranks = self.ranks
-        batch, kv_tokens = self.decoding / ranks, self.context_tokens / ranks
+        batch, kv_tokens = self._batch(), self.kv_tokens()
         tokens, pairs = self.current_tokens / ranks, self.current_pairs / ranks
         expected_ms = self.steps.prefill_ms(tokens, pairs, self.current_prompts / ranks, batch, kv_tokens)
         return 1.0 if silent_ms <= PATIENCE * expected_ms + PATIENCE_MS else min(MOST_SLOWER, silent_ms / (expected_ms + 1.0))
@@ -306,20 +263,19 @@ class InstanceBook:
         ranks = self.ranks
         steps = self.steps
         if self.current_prompts <= 0.0:
-            if self.decoding <= 0.0:
-                return 0.0
-            return 0.5 * steps.decode_ms(self.decoding / ranks, self.context_tokens / ranks)
+            batch = self._batch()
+            return 0.5 * steps.decode_ms(batch, self.kv_tokens()) if batch > 0.0 else 0.0
         elapsed_ms = 1000.0 * (now_s - self.current_s) + delay_ms
         if elapsed_ms <= 0.0:
             return -elapsed_ms  # it gets there before that step begins
-        batch, kv_tokens = self.decoding / ranks, self.context_tokens / ranks
+        batch, kv_tokens = self._batch(), self.kv_tokens()
         under_way_ms = steps.prefill_ms(self.current_tokens / ranks, self.current_pairs / ranks, self.current_prompts, batch, kv_tokens)
         return max(0.05 * under_way_ms, under_way_ms - elapsed_ms)
 
     def own_ms(self, uncached_tokens: float, pairs: float, now_s: float, delay_ms: float) -> float:
         """The steps in which a newcomer's prompt is computed, together with those that wait for the same step."""
         ranks = self.ranks
-        batch, kv_tokens = self.decoding / ranks, self.context_tokens / ranks
+        batch, kv_tokens = self._batch(), self.kv_tokens()
         if self.current_prompts <= 0.0:
             return self.steps.prefill_ms(uncached_tokens, pairs, 1.0, batch, kv_tokens)
         if 1000.0 * (now_s - self.current_s) + delay_ms <= 0.0:
@@ -328,36 +284,42 @@ class InstanceBook:
             tokens, more, prompts = self.late_tokens, self.late_pairs, self.late_prompts
         return self.steps.prefill_ms(tokens / ranks + uncached_tokens, more / ranks + pairs, prompts + 1.0, batch, kv_tokens)
 
-    def tpot_ms(
-        self, prompt_tokens: float, length: float, inverse: float, first_ms: float, own_ms: float, burst: float, now_s: float
-    ) -> tuple[float, float]:
+    def tpot_ms(self, prompt_tokens: float, length: float, first_ms: float, burst: float, now_s: float) -> tuple[float, float]:
         """Milliseconds per token of a newcomer's answer of ``length`` tokens, after ``first_ms`` to its first: of decoding, and beside it.
 
         A decode step at the batch expected meanwhile, longer by the share of time in which the prompts of others are computed. Those of
-        now leave (one mean answer is the time constant) and as many as usual come (Little's law: tokens expected a second times the time
-        of one). ``burst``: how much more than usual comes now. Who came while its own prompt was computed for ``own_ms`` is computed
-        right after: that is spread over the answer (``inverse``: mean of one over its length).
+        now leave (one mean answer is the time constant) and as many as usual come. ``burst``: how much more than usual comes now.
         """
         ranks, steps = self.ranks, self.steps
-        others = self.in_flight / ranks
+        others = (self.in_flight + self.others) / ranks
         context = self.context_tokens / self.decoding if self.decoding > 0.5 else prompt_tokens + 0.5 * length
         own = prompt_tokens + 0.5 * length
         if now_s - self._rates_s > RATES_S:
             self._rates_s = now_s
-            self._usual = min(MOST_EXCESS, 0.001 * self._excess.rate(now_s) / ranks)
-            self._due = self.tokens_due.rate(now_s) / ranks
-            self._rate = self.arrivals.rate(now_s) / ranks
-        usual, due, rate = self._usual, self._due, self._rate
+            self._look_ahead(others, context, now_s)
+        usual = self._usual
         present_ms = steps.decode_ms(others + 1.0, others * context + own) / (1.0 - usual)
         length_s = 0.001 * length * present_ms
-        coming = min(MOST_BATCH, 0.001 * due * present_ms)
-        residence_s = 0.001 * present_ms * due / rate if rate > 0.0 else length_s
-        share = _present_share(length_s, residence_s)
-        batch = share * others + (1.0 - share) * coming
+        share = _present_share(length_s, self._residence_s if self._residence_s > 0.0 else length_s)
+        batch = share * others + (1.0 - share) * self._coming
         lasting = _present_share(length_s + 0.001 * first_ms, BURST_S)
         excess = min(MOST_EXCESS, usual * (1.0 - lasting + lasting * burst))
         step_ms = steps.decode_ms(batch + 1.0, batch * context + own)
-        return step_ms, (step_ms + excess * own_ms * inverse) / (1.0 - excess) - step_ms
+        return step_ms, step_ms * excess / (1.0 - excess)
+
+    def _look_ahead(self, others: float, context: float, now_s: float) -> None:
+        """What the batch comes to if requests go on coming as usual: by Little's law tokens expected a second times the time of one, which
+        grows with the batch; near saturation it is only that much of the way there."""
+        crowd, steps = self._crowd / self.ranks, self.steps
+        usual = self._usual = min(MOST_EXCESS, 0.001 * self._excess.rate(now_s) * crowd)
+        due = self.tokens_due.rate(now_s) * crowd
+        rate = self.arrivals.rate(now_s) * crowd
+        batch, token_ms = others, 0.0
+        for _ in range(LITTLE_STEPS):
+            token_ms = steps.decode_ms(batch + 1.0, (batch + 1.0) * context) / (1.0 - usual)
+            batch = min(MOST_BATCH, 0.001 * due * token_ms)
+        self._coming = batch
+        self._residence_s = 0.001 * token_ms * due / rate if rate > 0.0 else 0.0
 
     # ---- inside
 
@@ -366,18 +328,27 @@ class InstanceBook:
         if span_s <= 0.0:
             return
         self._now_s = now_s
-        self._batch_s += self.decoding * span_s
-        self._context_s += self.context_tokens * span_s
+        self._batch_s += (self.decoding + self.others) * span_s
+        self._context_s += self.kv_tokens() * self.ranks * span_s
+        if self.others > 0.0 or self._mean_others > 0.0:
+            share = span_s / (CROWD_S + span_s)
+            self._mean_ours += share * (self.in_flight - self._mean_ours)
+            self._mean_others += share * (self.others - self._mean_others)
+            self._crowd = 1.0 + min(MOST_CROWD, self._mean_others / max(0.5, self._mean_ours))
+
+    def _batch(self) -> float:
+        """Who decodes on one rank."""
+        return (self.decoding + self.others) / self.ranks
 
     def _first(self, flight: Flight, now_s: float) -> None:
         """Its first token: a step has ended."""
         self._advance(now_s)
         if self.late_prompts > 0.0 or self.current_prompts > 1.5:
             flight.exclusive = False
-        if 0.5 < self.current_prompts < 1.5 and self._group_s == self.current_s:
+        if 0.5 < self.current_prompts < 1.5 and self._group_s == self.current_s and self.others < 0.5:
             flight.step_s = self.current_s  # that step began when the one before ended, and had this prompt alone
-        flight.batch = self.decoding / self.ranks
-        flight.kv_tokens = self.context_tokens / self.ranks
+        flight.batch = self._batch()
+        flight.kv_tokens = self.kv_tokens()
         self._no_longer_waits(flight)
         self._prompt_done(flight, now_s)
         self._begin_step(self._group_s)
@@ -407,8 +378,8 @@ class InstanceBook:
             self._commit()
             self._group += 1
             self._group_s = now_s
-            self._group_batch = self.decoding / self.ranks
-            self._group_kv = self.context_tokens / self.ranks
+            self._group_batch = self._batch()
+            self._group_kv = self.kv_tokens()
             self._group_span_s = max(0.0, now_s - self.current_s) if self.current_prompts > 0.0 else 0.0
             self._group_tokens = self._group_pairs = self._group_prompts = 0.0
             self._group_uncommitted = True
@@ -444,7 +415,7 @@ class InstanceBook:
             parts = self._parts
             self._mixed += mixed
             self._excess_ms += excess_ms
-            steps.add_prefill(parts, self._group_tokens, prompts, batch)
+            steps.kind.add_prefill(parts, self._group_tokens, prompts, batch)
             parts[3] += mixed * kv_tokens
             parts[4] += self._group_pairs
             parts[5] += mixed * batch
@@ -471,7 +442,7 @@ class InstanceBook:
             self._commit()  # nobody can come to that step any more
         span_ms = 1000.0 * (self._now_s - flight.window_s)
         batch = (self._batch_s - flight.window_batch_s) / max(1e-9, self._now_s - flight.window_s)
-        decode_ms = max(0.0, span_ms - (self._excess_ms - flight.window_excess_ms))
+        decode_ms = max(0.0, span_ms - self._crowd * (self._excess_ms - flight.window_excess_ms))
         flight.share_ms += decode_ms / max(1.0, batch)
 
     def _sample(self, flight: Flight, now_s: float) -> None:
@@ -480,21 +451,22 @@ class InstanceBook:
         tokens = float(flight.told - flight.window_tokens)
         span_s = now_s - flight.window_s
         if tokens > 0.0 and span_s > 0.0 and flight.window_parts:
-            ranks, steps = self.ranks, self.steps
+            ranks, kind, crowd = self.ranks, self.steps.kind, self._crowd
             done, held = self._parts, flight.window_parts
-            mixed = min(tokens, self._mixed - flight.window_mixed)
+            mixed = min(tokens, crowd * (self._mixed - flight.window_mixed))
             # batch and context of the steps without prompts: over the time that those with prompts leave
-            plain_s = max(0.05 * span_s, span_s - (done[6] - held[6]))
-            batch = max(0.0, (self._batch_s - flight.window_batch_s) / ranks - (done[7] - held[7])) / plain_s
-            kv_tokens = max(0.0, (self._context_s - flight.window_context_s) / ranks - (done[8] - held[8])) / plain_s
+            plain_s = max(0.05 * span_s, span_s - crowd * (done[6] - held[6]))
+            batch = max(0.0, (self._batch_s - flight.window_batch_s) / ranks - crowd * (done[7] - held[7])) / plain_s
+            kv_tokens = max(0.0, (self._context_s - flight.window_context_s) / ranks - crowd * (done[8] - held[8])) / plain_s
             parts = [0.0] * SIZE
-            steps.add_step(parts, 1.0 - mixed / tokens, 0.0, batch, 0.0)
+            kind.add_step(parts, 1.0 - mixed / tokens, 0.0, batch, 0.0)
+            each = crowd / tokens
             for k in range(3):
-                parts[k] += (done[k] - held[k]) / tokens
-            kv_tokens = (kv_tokens * (tokens - mixed) + done[3] - held[3]) / tokens
-            batch = (batch * (tokens - mixed) + done[5] - held[5]) / tokens
-            steps.add_rest(parts, kv_tokens, (done[4] - held[4]) / tokens, batch)
-            steps.learn(1000.0 * span_s / tokens, parts)
+                parts[k] += (done[k] - held[k]) * each
+            kv_tokens = kv_tokens * (tokens - mixed) / tokens + (done[3] - held[3]) * each
+            batch = batch * (tokens - mixed) / tokens + (done[5] - held[5]) * each
+            kind.add_rest(parts, kv_tokens, (done[4] - held[4]) * each, batch)
+            self.steps.learn(1000.0 * span_s / tokens, parts)
             self.sampled_s = now_s
             self.next_sample_s = now_s + SAMPLE_INTERVAL_S
         flight.window_s = now_s

@@ -29,13 +29,11 @@ _ANY: Final = -1
 class LengthClass:
     """Answers of one class, in tokens."""
 
-    __slots__ = ("_dirty", "mean", "mean_inverse", "p50", "p90", "sketch")
+    __slots__ = ("_dirty", "mean", "p50", "p90", "sketch")
 
     def __init__(self) -> None:
         self.sketch = LogSketch(1.0, _OCTAVES, MEMORY)
         self.mean = OUTPUT_TOKENS_PRIOR
-        #: mean of 1 / (tokens after the first), of those that have any: what is spread over an answer
-        self.mean_inverse = 1.0 / OUTPUT_TOKENS_PRIOR
         self.p50 = OUTPUT_TOKENS_PRIOR
         self.p90 = 2.0 * OUTPUT_TOKENS_PRIOR
         self._dirty = 0
@@ -45,8 +43,6 @@ class LengthClass:
         sketch.add(tokens)
         memory = min(float(sketch.count), MEMORY)
         self.mean += (tokens - self.mean) / memory
-        if tokens > 1.5:
-            self.mean_inverse += (1.0 / (tokens - 1.0) - self.mean_inverse) / memory
         self._dirty += 1
         if sketch.count < 64 or self._dirty >= _LAZY:
             self._dirty = 0

@@ -3,17 +3,12 @@ step gets."""
 
 from __future__ import annotations
 
-from typing import Final
-
-from control_plane.predicting.book import InstanceBook
-from control_plane.predicting.step_model import StepModel
-
-#: context of a request of which none is known
-TYPICAL_CONTEXT_TOKENS: Final = 1000.0
+from control_plane.predicting.book import TYPICAL_CONTEXT_TOKENS, InstanceBook
+from control_plane.predicting.shared_steps import EngineSteps
 
 
 def steps_ms(
-    steps: StepModel, book: InstanceBook, batch: float, kv_tokens: float, cached_tokens: float, uncached_tokens: float
+    steps: EngineSteps, book: InstanceBook, batch: float, kv_tokens: float, cached_tokens: float, uncached_tokens: float
 ) -> tuple[float, float, float, float, float]:
     """Of a request that comes now, milliseconds: the steps of the prompts ahead of its own, as if none were begun; those of its own; by
     how much it lengthens the others' steps on top of the prompts ahead; a decode step with it, with a context as the others have; by how

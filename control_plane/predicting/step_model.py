@@ -11,8 +11,9 @@ assumed has x1 = 2. x6 is what a request waits beside the steps (network, server
 
 Learning is recursive least squares with forgetting, as an extended Kalman filter (Ljung, System Identification, 2nd ed., 1999, ch. 11; the
 root is linearised at the present x): each measured duration moves the x by what their uncertainty lets it. Uncertainty grows while nothing
-is learned, up to that of the prior. A single odd sample counts as one of three sigma (Huber, 1964); several in a row that are off by the
-same factor are a step change, and then the whole model moves by that factor at once and learns anew.
+is learned, up to that of the prior. A single odd sample counts as one of three sigma (Huber, 1964).
+
+Equal engines share one such model (shared_steps.py).
 """
 
 from __future__ import annotations
@@ -38,16 +39,15 @@ MEMORY: Final = 250.0
 NOISE: Final = 0.10
 LEAST_NOISE: Final = 0.02
 OUTLIER_SIGMAS: Final = 3.0
-#: so many samples in a row, off to one side by this factor, are a step change
-CHANGE_SAMPLES: Final = 3
-CHANGE_FACTOR: Final = 1.6
+#: after that many samples a copy begins only as unsure as half of what the prior is
+KNOWN_SAMPLES: Final = 30
 #: reference step by which an engine's speed is followed: sequences and their context
 REFERENCE_BATCH: Final = 16.0
 REFERENCE_KV: Final = 16_000.0
 
 
 class StepModel:
-    """One engine's steps. Times in milliseconds, work in tokens."""
+    """The steps of one kind of engine. Times in milliseconds, work in tokens."""
 
     __slots__ = (
         "_base",
@@ -58,17 +58,13 @@ class StepModel:
         "_experts_ms",
         "_moved_ms",
         "_noise",
-        "_off_by",
-        "_off_run",
         "_overhead_ms",
         "_pair_ms",
         "_prompt_ms",
         "_read_ms",
         "_token_ms",
-        "best_reference_ms",
         "budget_tokens",
-        "changes",
-        "era",
+        "memory",
         "reference_ms",
         "samples",
         "x0",
@@ -94,16 +90,11 @@ class StepModel:
         self._base: list[float] = base
         self._covariance: list[float] = list(base)
         self._noise = NOISE * NOISE
-        self._off_run = 0
-        self._off_by = 0.0
         self.samples = 0
-        #: how often it became faster or slower at once
-        self.changes = 0
-        #: grows whenever what was predicted before is not to be compared with what comes now
-        self.era = 0
-        #: a step of a middling batch now, and the shortest that it ever was
+        #: samples that are remembered
+        self.memory = MEMORY
+        #: a step of a middling batch
         self.reference_ms = self.decode_ms(REFERENCE_BATCH, REFERENCE_KV)
-        self.best_reference_ms = math.inf
 
     def _set_units(self, prior: EngineProfile) -> None:
         fitted = prior.fitted
@@ -192,23 +183,27 @@ class StepModel:
 
     # ---- learning
 
-    def learn(self, measured_ms: float, made_of: list[float], spread_ms: float = 0.0, *, speed: bool = True) -> None:
-        """``measured_ms`` was spent on what ``made_of`` says (SIZE numbers, as ``add_*`` make them). ``spread_ms``: standard deviation of
-        what is known to be random in it. ``speed``: it tells of the engine's speed, and not of a wait that was maybe guessed wrong."""
-        x = [self.x0, self.x1, self.x2, self.x3, self.x4, self.x5, self.x6]
-        expected = 0.0
-        for i in range(SIZE):
-            expected += x[i] * made_of[i]
+    def expected_ms(self, made_of: list[float]) -> float:
+        """Of what ``made_of`` says: SIZE numbers, as ``add_*`` make them."""
+        return (
+            self.x0 * made_of[0]
+            + self.x1 * made_of[1]
+            + self.x2 * made_of[2]
+            + self.x3 * made_of[3]
+            + self.x4 * made_of[4]
+            + self.x5 * made_of[5]
+            + self.x6 * made_of[6]
+        )
+
+    def learn(self, measured_ms: float, made_of: list[float], spread_ms: float = 0.0) -> None:
+        """``measured_ms`` was spent on what ``made_of`` says. ``spread_ms``: standard deviation of what is known to be random in it."""
+        expected = self.expected_ms(made_of)
         if expected <= 0.0 or not 0.0 < measured_ms < 1e9:
             return
         self.samples += 1
-        if speed and self._changed(measured_ms / expected):
-            return
+        x = [self.x0, self.x1, self.x2, self.x3, self.x4, self.x5, self.x6]
         self._move(x, measured_ms - expected, made_of, expected, spread_ms)
         self.reference_ms = self.decode_ms(REFERENCE_BATCH, REFERENCE_KV)
-        if self.samples >= 8:
-            # what was long ago fades: twice as slow after some 7,000 samples is how it is now
-            self.best_reference_ms = min(1.0001 * self.best_reference_ms, self.reference_ms)
 
     def _move(self, x: list[float], off_ms: float, h: list[float], expected: float, spread_ms: float) -> None:
         p = self._covariance
@@ -239,7 +234,7 @@ class StepModel:
     def _forget(self, p: list[float], gain: list[float], variance: float) -> None:
         """What was learned makes surer, time less sure, but never less than at first."""
         base = self._base
-        grow = 1.0 + 1.0 / MEMORY
+        grow = 1.0 + 1.0 / self.memory
         scale = [1.0] * SIZE
         for i in range(SIZE):
             at = i * SIZE + i
@@ -251,47 +246,26 @@ class StepModel:
                 at = i * SIZE + j
                 p[at] = (p[at] - gain[i] * gain[j] / variance) * grow * scale[i] * scale[j]
 
-    def _changed(self, ratio: float) -> bool:
-        """Notice a step change; True when the model has just moved by it."""
-        off = math.log(ratio)
-        bound = math.log(CHANGE_FACTOR)
-        if -bound < off < bound:
-            self._off_run = 0
-            self._off_by = 0.0
-            return False
-        if self._off_run and (off > 0.0) != (self._off_by > 0.0):
-            self._off_run = 0
-            self._off_by = 0.0
-        self._off_run += 1
-        self._off_by += off
-        if self._off_run < CHANGE_SAMPLES:
-            return False
-        self.scale(math.exp(self._off_by / self._off_run))
-        return True
-
-    @property
-    def doubtful(self) -> bool:
-        """The last sample was far off: more are wanted soon."""
-        return self._off_run > 0
-
-    def scale(self, factor: float) -> None:
-        """All steps take so many times as long from now on, and what was learned of their parts is less sure."""
-        self._off_run = 0
-        self._off_by = 0.0
-        if self.samples >= 3 * CHANGE_SAMPLES:
-            self.changes += 1
-        self.era += 1
-        self.x0 *= factor
-        self.x1 *= factor
-        self.x2 *= factor
-        self.x3 *= factor
-        self.x4 *= factor
-        self.x5 *= factor
-        grown = max(1.0, factor * factor)
-        p, base = self._covariance, self._base
-        for i in range(SIZE):
-            for j in range(SIZE):
-                at = i * SIZE + j
-                p[at] = 0.25 * base[at] * (grown if i < 5 and j < 5 else 1.0)
-        self._noise = NOISE * NOISE
+    def take(self, other: StepModel, factor: float = 1.0, *, unsure: bool = True) -> None:
+        """Believe what another model of the same prior says, all steps ``factor`` times as long; ``unsure``: and be ready to find it
+        otherwise."""
+        self.x0 = other.x0 * factor
+        self.x1 = other.x1 * factor
+        self.x2 = other.x2 * factor
+        self.x3 = other.x3 * factor
+        self.x4 = other.x4 * factor
+        self.x5 = other.x5 * factor
+        self.x6 = other.x6
+        if not unsure:
+            self._covariance = list(other._covariance)
+            self._noise = other._noise
+        else:
+            share = 0.25 if other.samples >= KNOWN_SAMPLES or factor != 1.0 else 1.0
+            grown = share * max(1.0, factor * factor)
+            p, base = self._covariance, self._base
+            for i in range(SIZE):
+                for j in range(SIZE):
+                    at = i * SIZE + j
+                    p[at] = base[at] * (grown if i < 5 and j < 5 else share)
+            self._noise = NOISE * NOISE
         self.reference_ms = self.decode_ms(REFERENCE_BATCH, REFERENCE_KV)

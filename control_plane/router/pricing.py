@@ -115,8 +115,9 @@ def priced(request: RequestMetadata, seen: Sequence[ExecutionInstance], view: Fl
         uncached = max(1, inputs - found.cached_tokens[at])
         ahead_ms, prefill_ms, stall_ms, tpot_ms, marginal_ms = told[at]
         batch = batches[at]
-        ours: float = live.active_requests
-        tpot_ms += (batch - ours) * marginal_ms
+        # the predictor has ours in the batch, and those of others that the scrape knew
+        told_of: float = live.active_requests + live.others_requests
+        tpot_ms += (batch - told_of) * marginal_ms
         awaited_ms: float = live.awaited_ms
         waiting_ms = ahead_ms + awaited_ms + _for_room_ms(instance, batch, uncached + outputs)
         found.waiting.append(waiting_ms)

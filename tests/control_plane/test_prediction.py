@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from control_plane.clock import ManualClock
-from control_plane.predicting.book import Flight
+from control_plane.predicting.flight import Flight
 from control_plane.predicting.lengths import LENGTH_SAMPLES
-from control_plane.predicting.step_model import SIZE, StepModel
+from control_plane.predicting.shared_steps import EngineSteps, Family
+from control_plane.predicting.step_model import SIZE
 from control_plane.prediction import PARDON_AFTER_S, LatencyPredictor
 from control_plane.roofline import profile
 from control_plane.types import ExecutionInstance, RequestKind, RequestMetadata, Usage
@@ -33,7 +34,7 @@ class Engine:
         self.slower = slower
 
     @property
-    def steps(self) -> StepModel:
+    def steps(self) -> EngineSteps:
         return self.predictor._model(self.where).steps
 
     def step_ms(self, prompt: float, batch: int) -> float:
@@ -148,10 +149,10 @@ def test_a_sample_of_two_that_wait_says_nothing_of_the_engine_being_slow() -> No
 
 
 def test_one_odd_sample_moves_little_and_several_in_a_row_move_all() -> None:
-    model = StepModel(profile("h100-llama3-8b"))
+    model = EngineSteps(Family(profile("h100-llama3-8b")))
     parts = [0.0] * SIZE
-    model.add_step(parts, 1.0, 0.0, 8.0, 0.0)
-    model.add_rest(parts, 8000.0, 0.0, 8.0)
+    model.kind.add_step(parts, 1.0, 0.0, 8.0, 0.0)
+    model.kind.add_rest(parts, 8000.0, 0.0, 8.0)
     for _ in range(40):
         model.learn(10.0, parts)
     assert model.decode_ms(8.0, 8000.0) == pytest.approx(10.0, rel=0.02)
@@ -417,3 +418,87 @@ def test_calibration_tells_errors_and_coverage() -> None:
     lengths = engine.predictor.calibration["output_tokens"]
     assert 0.8 < lengths.covered < 1.0
     assert 0.0 < lengths.pinball_p90 < lengths.pinball_p50
+
+
+# ---- equals
+
+
+def fleet_of(clock: ManualClock, predictor: LatencyPredictor, slower: list[float]) -> list[Engine]:
+    return [Engine(predictor, clock, instance(instance_id=f"e{k}"), factor) for k, factor in enumerate(slower)]
+
+
+def served_by_turns(fleet: list[Engine], rounds: int, seed: int = 1, noise: float = 0.02) -> None:
+    """Each serves as much as the others, with steps of ``noise``."""
+    rng = Random(seed)
+    for _ in range(rounds):
+        for engine in fleet:
+            true = engine.slower
+            engine.slower = true * math.exp(rng.gauss(0.0, noise))
+            engine.serve(int(10 ** rng.uniform(1.5, 3.5)), 100, rng.choice((1, 4, 16)))
+            engine.slower = true
+
+
+def believed_ms(engine: Engine) -> tuple[float, float, float]:
+    steps = engine.steps
+    return steps.decode_ms(1.0, 600.0), steps.decode_ms(16.0, 9600.0), steps.prefill_ms(2000.0, 2e6, 1.0, 4.0, 2400.0)
+
+
+def test_equal_instances_are_believed_equal() -> None:
+    clock = ManualClock(100.0)
+    predictor = LatencyPredictor(clock)
+    fleet = fleet_of(clock, predictor, [1.0] * 6)
+    served_by_turns(fleet, 40)
+
+    first = believed_ms(fleet[0])
+    for engine in fleet[1:]:
+        assert believed_ms(engine) == pytest.approx(first, rel=0.005)
+    assert first[1] == pytest.approx(fleet[0].step_ms(0, 16), rel=0.1)
+
+
+def test_who_joins_begins_with_what_is_known() -> None:
+    clock = ManualClock(100.0)
+    predictor = LatencyPredictor(clock)
+    fleet = fleet_of(clock, predictor, [2.0] * 3)
+    fresh = predictor.prefill_ms(instance(instance_id="before"), 2000)
+    served_by_turns(fleet, 20)
+    joined = instance(instance_id="joined")
+
+    assert predictor.prefill_ms(joined, 2000) == pytest.approx(predictor.prefill_ms(fleet[0].where, 2000), rel=0.01)
+    assert predictor.prefill_ms(joined, 2000) > 2 * fresh
+
+
+@pytest.mark.parametrize("factor", [1.15, 1.4, 3.0])
+def test_unequal_ones_that_nobody_told_apart_are_found_to_be_two_kinds(factor: float) -> None:
+    clock = ManualClock(100.0)
+    predictor = LatencyPredictor(clock)
+    fleet = fleet_of(clock, predictor, [1.0, factor] * 3)
+    served_by_turns(fleet, 60)
+
+    for engine in fleet:
+        assert believed_ms(engine)[1] == pytest.approx(engine.step_ms(0, 16), rel=0.05)
+    if factor > 1.3:
+        kinds = [engine.steps.kind for engine in fleet]
+        assert len(set(kinds)) == 2
+        assert kinds[0] is kinds[2] is kinds[4]
+        assert kinds[1] is kinds[3] is kinds[5]
+
+
+def test_one_that_becomes_slow_is_alone_with_it_and_returns_to_the_others_when_it_is_well() -> None:
+    clock = ManualClock(100.0)
+    predictor = LatencyPredictor(clock)
+    fleet = fleet_of(clock, predictor, [1.0] * 4)
+    served_by_turns(fleet, 20)
+    well = believed_ms(fleet[1])
+    fleet[0].slower = 10.0
+    fleet[0].serve(300, 100, 4)
+
+    assert believed_ms(fleet[0])[1] > 5 * well[1]
+    assert believed_ms(fleet[1]) == pytest.approx(well, rel=0.02), "what one does says nothing of the others"
+    served_by_turns(fleet, 5)
+    assert believed_ms(fleet[0])[1] == pytest.approx(10 * well[1], rel=0.2)
+    assert believed_ms(fleet[1]) == pytest.approx(well, rel=0.05)
+    fleet[0].slower = 1.0
+    fleet[0].serve(300, 100, 4)
+    assert believed_ms(fleet[0])[1] == pytest.approx(well[1], rel=0.1)
+    served_by_turns(fleet, 10)
+    assert fleet[0].steps.kind is fleet[1].steps.kind
