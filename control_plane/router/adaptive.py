@@ -15,8 +15,8 @@ from control_plane.router.predicted_latency import PredictedLatency
 from control_plane.types import ExecutionInstance, RequestMetadata
 
 #: median error of predicted milliseconds per token from which on they are no guide, and below which they are one again
-DISTRUST_ABOVE: Final = 0.35
-TRUST_BELOW: Final = 0.25
+DISTRUST_ABOVE: Final = 0.75
+TRUST_BELOW: Final = 0.5
 #: predictions that have to have been compared with what came; until then the prior is believed, which is the same for equal instances
 LEAST_COMPARED: Final = 200
 #: decisions between two looks at the errors
@@ -24,8 +24,9 @@ LOOK_EVERY: Final = 128
 
 
 class AdaptiveRouting(RoutingStrategy):
-    """``predicted_latency`` while the median error of predicted milliseconds per token is below 35 %; above it ``affinity`` (which needs
-    no prediction and keeps caches warm) until it is below 25 % again. The reason says which, and why.
+    """``predicted_latency`` while the median error of predicted milliseconds per token is below 75 %; above it ``affinity`` (which needs
+    no prediction and keeps caches warm) until it is below 50 % again. The reason says which, and why. What single requests are off by is
+    mostly what comes after them, which no router knows; half of them off by as much is a model that does not describe these engines.
 
     Prices that err differently for equal instances are worse than none: the one that looks cheapest draws all the load.
     """

@@ -218,7 +218,7 @@ def test_adaptive_leaves_prices_while_predictions_are_wrong_and_says_so() -> Non
     reason = look()
     assert reason.startswith("home of its session")
     assert re.search(r"predictions are off by (9\d|10\d)%", reason)
-    told(predictor, 13.0, 10.0, 20_000)
-    assert look().startswith("home of its session"), "30 % is better, not good"
+    told(predictor, 16.0, 10.0, 20_000)
+    assert look().startswith("home of its session"), "60 % is better, not good"
     told(predictor, 11.0, 10.0, 20_000)
     assert look().startswith("least predicted loss")
