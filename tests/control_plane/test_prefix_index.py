@@ -12,6 +12,7 @@ from scripted_engine import ScriptedCall, ScriptedEngine
 from control_plane import ConfigurationError, ControlPlaneManager, ExecutionInstance, RequestMetadata
 from control_plane.fleet import HealthSettings, PrefixIndex, PrefixSettings
 from control_plane.fleet.prefix.blocks import block_keys
+from control_plane.fleet.prefix.index import APPROXIMATE
 from control_plane.fleet.prefix.pieces import ENDS, MAX_COVERED_BYTES, PIECE_BYTES, chain, chain_of, seed_of
 from control_plane.types import Usage
 
@@ -253,3 +254,43 @@ def test_a_mirror_holds_no_more_than_its_engine_and_always_beginnings(turns: lis
         assert index.report().sent_pieces * TOKENS >= index.cached_tokens(request, small)
     held = sum(index.cached_tokens(prompt(f"{which}" * PIECE_BYTES * 8), small) for which in range(6))
     assert held <= 10 * TOKENS
+
+
+# ---- the next turn of a conversation
+
+
+def turn(index: PrefixIndex, instance: ExecutionInstance, text: str, answer_tokens: int) -> None:
+    request = prompt(text)
+    usage = Usage(len(text) // 4, answer_tokens, None, exact=True)
+    index.ended(request, instance, index.sent(request, instance), usage)
+
+
+def test_the_next_turn_of_a_conversation_finds_the_answer_too() -> None:
+    index, here, there = PrefixIndex(), ExecutionInstance("here", model_name="m"), ExecutionInstance("there", model_name="m")
+    asked = "q" * (3 * PIECE_BYTES + 200)  # 434 tokens, of which three pieces are whole
+    turn(index, there, "q" * 3 * PIECE_BYTES, 0)
+    turn(index, here, asked, 100)
+    follows = prompt(asked + "a" * 400 + "and then?")
+    assert index.cached_tokens(follows, here) == (434 + 100) // 16 * 16
+    assert index.cached_tokens(follows, there) == 3 * TOKENS, "it ran here"
+    assert index.cached_tokens_of(follows, [there, here]) == [3 * TOKENS, (434 + 100) // 16 * 16]
+    assert index.sent(follows, here) == ((434 + 100) // 16 * 16, APPROXIMATE)
+
+
+def test_another_question_about_the_same_document_does_not() -> None:
+    index, here = PrefixIndex(), ExecutionInstance("here", model_name="m")
+    document = "d" * 8 * PIECE_BYTES
+    turn(index, here, document + "first question? ", 100)
+    assert index.cached_tokens(prompt(document + "the second one? "), here) == 8 * TOKENS
+
+
+def test_an_answer_that_was_pushed_out_is_not_found() -> None:
+    index, here = PrefixIndex(), ExecutionInstance("here", model_name="m")
+    here.engine.kv_block_size_tokens, here.engine.kv_block_count = 16, 8 * TOKENS // 16
+    turn(index, here, "q" * 3 * PIECE_BYTES, 128)
+    follows = prompt("q" * 3 * PIECE_BYTES + "a" * 512 + "and then?")
+    assert index.cached_tokens(follows, here) == 4 * TOKENS
+    turn(index, here, "x" * 5 * PIECE_BYTES, 0)
+    assert index.cached_tokens(follows, here) == 3 * TOKENS, "it takes an answer's room first"
+    turn(index, here, "y" * 5 * PIECE_BYTES, 0)
+    assert index.cached_tokens(follows, here) == 0

@@ -24,6 +24,8 @@ BYTES_PER_TOKEN: Final = 4.0
 MAX_BYTES_PER_TOKEN: Final = 16.0
 #: tokens that an engine is thought to cache that does not tell its size
 DEFAULT_CAPACITY_TOKENS: Final = 524_288
+#: of an engine that does not tell the size of its blocks
+_BLOCK_TOKENS: Final = 16
 #: weight of the newest request in a model's bytes a token
 _RATIO_WEIGHT: Final = 0.1
 #: pieces of which the blocks are held by nobody are forgotten first; so many are looked at for each one that is added
@@ -109,10 +111,10 @@ class PrefixIndex:
         if not chain(request):
             return [0] * len(instances)
         slots, ranks = self._slots, self._ranks
-        told: dict[int, list[tuple[Any, int]]] = {}
+        told: dict[int, list[tuple[Any, int, Any]]] = {}
         for size, space in self._spaces.items():
             space.begin(request, self._version)
-            told[size] = [(mask, self._tokens_at(request, space, depth)) for mask, depth in space.layers()]
+            told[size] = [(mask, self._tokens_at(request, space, depth), space.pieces[depth - 1]) for mask, depth in space.layers()]
         found: list[int] = []
         for instance in instances:
             live: LiveState = instance
@@ -122,9 +124,10 @@ class PrefixIndex:
                 if live.instance_id in ranks:
                     tokens = self.cached_tokens(request, instance)
                 else:
-                    for mask, held in told[slot.space.block_tokens]:
+                    for mask, held, leaf in told[slot.space.block_tokens]:
                         if mask & slot.bit:
-                            tokens = held if instance.engine.prefix_caching is not False else 0
+                            if instance.engine.prefix_caching is not False:
+                                tokens = self._with_answer(request, slot, leaf, held)
                             break
             found.append(tokens)
         return found
@@ -190,7 +193,24 @@ class PrefixIndex:
     def _tokens_on(self, request: RequestMetadata, slot: Slot) -> int:
         space = slot.space
         space.begin(request, self._version)
-        return self._tokens_at(request, space, space.depth(slot.bit))
+        depth = space.depth(slot.bit)
+        return self._with_answer(request, slot, space.pieces[depth - 1], self._tokens_at(request, space, depth)) if depth else 0
+
+    def _with_answer(self, request: RequestMetadata, slot: Slot, leaf: Any, tokens: int) -> int:
+        """``tokens`` of it are held up to the piece ``leaf``. Where a prompt that ran there ended with that piece and this one is longer than
+        that prompt and its answer together, it is taken for the next turn of that conversation, which has both in it. Engines that tell
+        of their blocks know better."""
+        if slot.space is not self._blind:
+            return tokens
+        tail = slot.mirror.tails.get(leaf)
+        if tail is None:
+            return tokens
+        size = tail[1]
+        if request.prompt_bytes < size:
+            return tokens
+        block: int = slot.instance.engine.kv_block_size_tokens or _BLOCK_TOKENS
+        held = int(size / self._ratio(request.model_name)) // block * block
+        return max(held, tokens)
 
     def _tokens_at(self, request: RequestMetadata, space: Space, depth: int) -> int:
         """Tokens of the first ``depth`` pieces of the matched request."""
@@ -218,7 +238,7 @@ class PrefixIndex:
             return NOT_MATCHED
         space.begin(request, self._version)
         depth = space.depth(slot.bit)
-        tokens = self._tokens_at(request, space, depth) if instance.engine.prefix_caching is not False else 0
+        tokens = self._tokens_on(request, slot) if instance.engine.prefix_caching is not False else 0
         kind = APPROXIMATE
         if space is not self._blind:
             known = space.exact_levels

@@ -1,7 +1,8 @@
 """What one engine probably caches, kept from what was sent there: an LRU of the size of its cache, in bytes of text.
 
 Prompts are remembered as chains of pieces, newest last; the oldest goes first and loses its end first, as a prompt's blocks do in an
-engine. What has no pieces (answers, the ends of prompts) takes room and goes in its turn.
+engine. What has no pieces (answers, the ends of prompts) takes room and goes in its turn; whoever comes back with the whole prompt before
+it and more is taken to continue from there.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from typing import Any, Final
 
-from control_plane.fleet.prefix.pieces import SIZES
+from control_plane.fleet.prefix.pieces import ENDS, SIZES
 
 #: stale records that are put up with, beside as many as there are pieces
 _SLACK: Final = 1024
@@ -32,7 +33,7 @@ class Sent:
 class SentMirror:
     """``masks`` are those of all instances together, piece -> who has it; this one's bit is set and cleared there."""
 
-    __slots__ = ("_bit", "_capacity_bytes", "_held", "_held_bytes", "_lost", "_masks", "_queue", "_stamp", "missed_share")
+    __slots__ = ("_bit", "_capacity_bytes", "_held", "_held_bytes", "_lost", "_masks", "_queue", "_stamp", "missed_share", "tails")
 
     def __init__(self, bit: Any, masks: dict[Any, Any]) -> None:
         self._bit = bit
@@ -40,6 +41,8 @@ class SentMirror:
         #: piece -> when it was in use last, a count
         self._held: dict[Any, int] = {}
         self._held_bytes = 0
+        #: the last piece of a prompt -> when it ended (a count), and the bytes of that prompt and its answer
+        self.tails: dict[Any, tuple[int, int]] = {}
         self._queue: deque[Sent] = deque()
         self._stamp = 0
         self._capacity_bytes = 0
@@ -66,6 +69,8 @@ class SentMirror:
                     self.missed_share = min(1.0, self.missed_share + LOST_WEIGHT)
                 masks[piece] = masks[piece] | bit if piece in masks else bit
             held[piece] = stamp
+        if rest_bytes and chain:
+            self.tails[chain[-1]] = (stamp, ENDS[len(chain) - 1] + rest_bytes)
         self._queue.append(Sent(stamp, chain, rest_bytes))
         self._held_bytes += added
         self._capacity_bytes = capacity_bytes
@@ -84,6 +89,7 @@ class SentMirror:
             self._let_go(piece)
         self._held = {}
         self._held_bytes = 0
+        self.tails = {}
         self._queue = deque()
         self._lost = OrderedDict()
         self.missed_share = 0.0
@@ -95,12 +101,16 @@ class SentMirror:
             if oldest.rest_bytes:
                 self._held_bytes -= oldest.rest_bytes
                 oldest.rest_bytes = 0
+                tail = self.tails.get(oldest.chain[-1]) if oldest.chain else None
+                if tail is not None and tail[0] == oldest.stamp:
+                    del self.tails[oldest.chain[-1]]
             elif oldest.left:
                 oldest.left -= 1
                 at = oldest.left
                 piece = oldest.chain[at]
                 if held.get(piece, 0) == oldest.stamp:
                     del held[piece]
+                    self.tails.pop(piece, None)
                     self._held_bytes -= SIZES[at]
                     self._let_go(piece)
                     self._went(piece)
