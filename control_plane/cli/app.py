@@ -48,7 +48,7 @@ AdminKey = Annotated[
 Json = Annotated[str | None, typer.Option("--json", metavar="FILE", help="Write JSON to FILE; `-` is standard output, alone.")]
 Config = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="YAML configuration; `control-plane schema` describes it.")]
 Policy = Annotated[str | None, typer.Option(help="Order of the queue: fifo, priority, slo_aware, ..., or module:Class.")]
-Router = Annotated[str | None, typer.Option(help="Choice of the instance: load_balanced, affinity, ..., or module:Class.")]
+Router = Annotated[str | None, typer.Option(help="Choice of the instance: adaptive, load_balanced, affinity, ..., or module:Class.")]
 DEFAULT_URL = "http://127.0.0.1:8080"
 
 
@@ -233,7 +233,7 @@ def compare(
     scheduling_policies: Annotated[str, typer.Option(metavar="NAME,...", help="Orders of the queue, or module:Class.")] = "adaptive",
     routing_strategies: Annotated[
         str, typer.Option(metavar="NAME,...", help="Choices of the instance, rival:NAME (docs/ROUTING.md), or module:Class.")
-    ] = "load_balanced",
+    ] = "adaptive",
     rates: Annotated[
         str, typer.Option(metavar="RATE,...", help="Shares of the fleet's capacity, or requests a second such as 20rps.")
     ] = "0.5,0.8,1.0,1.2",

@@ -167,7 +167,7 @@ class ControlPlaneConfig(BaseSettings):
 
     scheduling_policy: str = "adaptive"
     """Order of the queue: a name, or `module:Class` of your own."""
-    routing_strategy: str = "load_balanced"
+    routing_strategy: str = "adaptive"
     """Choice of the instance: a name, or `module:Class` of your own."""
     enable_pd_separation: bool = True
     """Prefer prefill and decode instances for the requests that suit them (needs `pd_config.enabled` too)."""

@@ -20,7 +20,7 @@ from control_plane.simulator.scenario import Arm, Scenario
 from control_plane.simulator.workload import Workload
 
 #: changes whenever what is simulated does: kept capacities of other versions are not used
-VERSION: Final = 4
+VERSION: Final = 5
 #: a rate is kept up with when at least this share of what comes in the window also ends in it
 KEPT_UP: Final = 0.97
 #: bisection ends when the bounds are this close

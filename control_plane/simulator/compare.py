@@ -48,7 +48,7 @@ class Comparison:
     trace: str
     fleet: str
     scheduling_policies: tuple[str, ...] = ("adaptive",)
-    routing_strategies: tuple[str, ...] = ("load_balanced",)
+    routing_strategies: tuple[str, ...] = ("adaptive",)
     rates: tuple[str, ...] = ("0.5", "0.8", "1.0", "1.2")
     seeds: int = 5
     duration_s: float = 0.0

@@ -22,7 +22,7 @@ class Arm:
     """
 
     scheduling_policy: Any = "adaptive"
-    routing_strategy: Any = "load_balanced"
+    routing_strategy: Any = "adaptive"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
