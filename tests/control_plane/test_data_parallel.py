@@ -60,11 +60,17 @@ class World:
         return [await self.manager.submit_request(request) for request in made]
 
 
-class Later(SystemClock):
-    """Of a server that was started an hour after the others."""
+class Later:
+    """The clock of a server that was started an hour after the others."""
 
-    def utc(self, now_s: float) -> datetime:
-        return super().utc(now_s) + timedelta(hours=1)
+    def __init__(self) -> None:
+        self._clock = SystemClock()
+
+    def now_s(self) -> float:
+        return self._clock.now_s()
+
+    def utc(self, monotonic_s: float) -> datetime:
+        return self._clock.utc(monotonic_s) + timedelta(hours=1)
 
 
 @pytest.fixture
