@@ -332,10 +332,10 @@ class Dispatcher:
             job.waits_no_more()
             weighs = waits and self._weighs_waiting
             if weighs:
-                near = self.fleet.below_caps(job.lane)
-                weighs = len(near) > len(candidates)
+                full = self.fleet.worth_waiting_for(job.lane, job.request, candidates)
+                weighs = len(full) > 0
                 if weighs:
-                    candidates = near
+                    candidates = candidates + full
             if fields.cost_budget is not None:
                 candidates = list(affordable(job.request, candidates, self.fleet))
             if self._places_itself or self._selects_async:

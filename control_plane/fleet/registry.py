@@ -23,9 +23,12 @@ from control_plane.job import LaneKey
 from control_plane.live_state import LiveState
 from control_plane.protocols import Engine, EventSink, Predictor, PrefixMatches
 from control_plane.roofline import profile as catalogued
-from control_plane.types import ExecutionInstance, HealthStatus, RequestKind
+from control_plane.types import ExecutionInstance, HealthStatus, RequestKind, RequestMetadata
 from control_plane.view import NoPrefixes
 
+#: of fleets up to this size all are looked at that could be waited for; of larger ones so many that hold the prompt
+MOST_WAITED_FOR: Final = 64
+MOST_HOLDERS: Final = 8
 _HEALTHY: Final = HealthStatus.HEALTHY
 _ANSWERS = (HealthStatus.HEALTHY, HealthStatus.DRAINING)
 
@@ -226,13 +229,29 @@ class Fleet:
             return [instance for instance in found if self.has_room(instance)][:limit]
         return self._choose(lane, limit, room=True)
 
-    def below_caps(self, lane: LaneKey) -> list[ExecutionInstance]:
-        """The eligible ones that are below their caps, whatever is ahead there. While some are on trial or suspected: those with room."""
+    def worth_waiting_for(self, lane: LaneKey, request: RequestMetadata, roomy: list[ExecutionInstance]) -> list[ExecutionInstance]:
+        """The eligible ones without room that are below their caps: where what is ahead there is all that is in the way. ``roomy``: those
+        with room. Of large fleets only those that hold some of the request's prompt. None while some are on trial or suspected.
+        """
+        serving = self._index.serving(lane.model)
         status = self._status
-        if status.trials or status.suspects or status.busy:
-            return self.with_room(lane)
-        found = self._choose(lane, None, room=False)
-        return [instance for instance in found if instance.active_requests < instance.concurrency_limit]
+        if len(roomy) == len(serving) or status.trials or status.suspects or status.busy or lane.avoid:
+            return []
+        if len(serving) > MOST_WAITED_FOR:
+            serving = list(self.prefixes.holders(request, MOST_HOLDERS))
+        found: list[ExecutionInstance] = []
+        for instance in serving:
+            live: LiveState = instance
+            if takes_more(live) or live.active_requests >= instance.concurrency_limit:
+                continue
+            if (
+                instance.is_usable
+                and instance.serves(lane.model)
+                and instance.can_do(lane.kind)
+                and (lane.pinned is None or _is_of(instance, lane.pinned))
+            ):
+                found.append(instance)
+        return found
 
     def has_room(self, instance: ExecutionInstance, phase: str | None = None) -> bool:
         """It may be given one more request (in that role: ``prefilling`` or ``decoding``) as far as caps and trials go."""

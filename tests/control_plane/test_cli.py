@@ -337,7 +337,7 @@ def test_serve_over_a_simulated_engine_from_start_to_signal(started: list[Runnin
         operate.explain(client, request_id, None)
     told = capsys.readouterr().out
     assert f"request {request_id}: completed" in told
-    assert f"went to {engine.url.removeprefix('http://')} by load_balanced, ordered by adaptive:" in told
+    assert f"went to {engine.url.removeprefix('http://')} by adaptive, ordered by adaptive:" in told
     code, errors = serve.end()
     assert code == 0
     assert "stopping" in errors

@@ -24,7 +24,7 @@ STATE_FIELDS = {
     "health_status", "gpu_utilization", "is_available", "is_healthy", "current_load", "avg_latency_ms", "throughput_tokens_per_sec",
     "active_requests", "prefilling_active_requests", "decoding_active_requests", "outstanding_ms", "learned_concurrency", "engine",
     "server", "data_parallel_rank", "ranks", "in_flight", "others_requests", "saturation",
-    "ahead_requests", "ahead_ms", "dispatch_ahead_ms", "began_s", "held_back",
+    "ahead_requests", "ahead_ms", "dispatch_ahead_ms", "awaited_ms", "began_s", "held_back",
 }  # fmt: skip
 
 
@@ -51,6 +51,9 @@ def test_top_level_names_and_defaults_are_those_of_the_manager() -> None:
     config = ControlPlaneConfig()
 
     assert set(config.manager_arguments()) == set(parameters) - handed_in
+    # the seed's manager balances load; who serves gets the router that measures best
+    assert (config.routing_strategy, parameters["routing_strategy"].default) == ("adaptive", "load_balanced")
+    config.routing_strategy = "load_balanced"
     given_as_objects = {"pd_config", "health", "prefix"}
     assert {name: value for name, value in config.manager_arguments().items() if name not in given_as_objects} == {
         name: one.default for name, one in parameters.items() if name not in handed_in | given_as_objects

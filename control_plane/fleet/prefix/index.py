@@ -197,9 +197,9 @@ class PrefixIndex:
         return self._with_answer(request, slot, space.pieces[depth - 1], self._tokens_at(request, space, depth)) if depth else 0
 
     def _with_answer(self, request: RequestMetadata, slot: Slot, leaf: Any, tokens: int) -> int:
-        """``tokens`` of it are held up to the piece ``leaf``. Where a prompt that ran there ended with that piece and this one is longer than
-        that prompt and its answer together, it is taken for the next turn of that conversation, which has both in it. Engines that tell
-        of their blocks know better."""
+        """``tokens`` of it are held up to the piece ``leaf``. Where a prompt that ran there ended with that piece, and this one is longer
+        than that prompt and its answer together, it is taken for the next turn of that conversation, which has both in it. Engines that
+        tell of their blocks know better."""
         if slot.space is not self._blind:
             return tokens
         tail = slot.mirror.tails.get(leaf)

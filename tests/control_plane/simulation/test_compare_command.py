@@ -78,7 +78,7 @@ def test_where_one_file_cannot_be_written_the_other_is(tmp_path: Path) -> None:
     done = run(*SMALL, "--seeds", "1", "--json", "/dev/full", "--html", str(tmp_path / "page.html"))
     assert done.returncode == 1
     assert "No space left" in done.stderr
-    assert "adaptive + load_balanced" in done.stdout
+    assert "adaptive + adaptive" in done.stdout
     assert "<html" in (tmp_path / "page.html").read_text()
 
 

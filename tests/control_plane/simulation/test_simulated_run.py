@@ -361,4 +361,4 @@ def test_told_of_blocks_the_index_expects_what_the_engines_find(block_tokens: in
         assert report.requests[kind] >= 250
     assert errors[True].cached_tokens > 0
     assert errors[True].over_tokens == 0, "what an engine tells of is there"
-    assert errors[True].under_tokens <= errors[False].under_tokens + errors[False].over_tokens
+    assert errors[True].under_tokens <= 0.1 * errors[True].cached_tokens, "only what ends within a piece, and answers"
