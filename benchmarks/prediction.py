@@ -37,9 +37,9 @@ from control_plane.router.placement import Placement
 from control_plane.simulator.capacity import capacity_rps, default_store
 from control_plane.simulator.fleet_spec import FleetSpec, parse_fleet
 from control_plane.simulator.generators import workload_of
-from control_plane.simulator.outcome import COMPLETED
+from control_plane.simulator.outcome import BEGIN_S, COMPLETED
 from control_plane.simulator.resample import at_rate
-from control_plane.simulator.run import BEGIN_S, Simulation
+from control_plane.simulator.run import Simulation
 from control_plane.simulator.scenario import Arm, Scenario
 from control_plane.types import ExecutionInstance, RequestMetadata, Usage
 

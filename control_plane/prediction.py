@@ -29,7 +29,7 @@ from control_plane.predicting.forecast import Forecast
 from control_plane.predicting.hits import HitShares
 from control_plane.predicting.lengths import LengthClass, remaining
 from control_plane.predicting.priors import prior_of
-from control_plane.predicting.shared_steps import EngineSteps, Family
+from control_plane.predicting.shared_steps import EngineSteps, Family, Kind
 from control_plane.predicting.sizes import MAX_MODELS, RequestSizes, within
 from control_plane.predicting.spending import MS_PER_HOUR, Spending
 from control_plane.protocols import Queued
@@ -212,11 +212,17 @@ class LatencyPredictor:
         pairs = 0.5 * inputs * inputs
         now_s = self._now_s()
         burst = self._burst(request, now_s)
+        kind: Kind | None = None
+        prefill_ms = 0.0
         found: list[float] = []
         for instance in instances:
             live: LiveState = instance
             model = self._model(live)
-            service_ms = model.steps.prefill_ms(inputs, pairs, 1.0, 0.0, 0.0)
+            steps = model.steps
+            if steps.kind is not kind:  # equal ones mostly stand side by side
+                kind = steps.kind
+                prefill_ms = kind.prefill_ms(inputs, pairs, 1.0, 0.0, 0.0)
+            service_ms = steps.scale * prefill_ms
             if outputs > 0.0:
                 plain_ms, beside_ms = self._tpot_parts_ms(model, live, inputs, outputs, service_ms, burst, now_s)
                 service_ms += outputs * (plain_ms + beside_ms * model.book.tpot_correction)

@@ -32,8 +32,6 @@ MOST_BATCH: Final = 512.0
 MOST_EXCESS: Final = 0.9
 #: rates are read anew after so many seconds
 RATES_S: Final = 0.1
-#: times that Little's law is applied to what it gave
-LITTLE_STEPS: Final = 4
 #: bursts last so long on average, seconds
 BURST_S: Final = 5.0
 #: a sample of decode needs so many tokens; a stream is told of its tokens 32 at a time
@@ -308,17 +306,14 @@ class InstanceBook:
         return step_ms, step_ms * excess / (1.0 - excess)
 
     def _look_ahead(self, others: float, context: float, now_s: float) -> None:
-        """What the batch comes to if requests go on coming as usual: by Little's law tokens expected a second times the time of one, which
-        grows with the batch; near saturation it is only that much of the way there."""
+        """What the batch comes to if requests go on coming as usual: by Little's law tokens expected a second times the time of one. That
+        time grows with the batch; to follow that to where it ends makes more of the noise of rates than it gains (measured)."""
         crowd, steps = self._crowd / self.ranks, self.steps
         usual = self._usual = min(MOST_EXCESS, 0.001 * self._excess.rate(now_s) * crowd)
         due = self.tokens_due.rate(now_s) * crowd
         rate = self.arrivals.rate(now_s) * crowd
-        batch, token_ms = others, 0.0
-        for _ in range(LITTLE_STEPS):
-            token_ms = steps.decode_ms(batch + 1.0, (batch + 1.0) * context) / (1.0 - usual)
-            batch = min(MOST_BATCH, 0.001 * due * token_ms)
-        self._coming = batch
+        token_ms = steps.decode_ms(others + 1.0, (others + 1.0) * context) / (1.0 - usual)
+        self._coming = min(MOST_BATCH, 0.001 * due * token_ms)
         self._residence_s = 0.001 * token_ms * due / rate if rate > 0.0 else 0.0
 
     # ---- inside

@@ -502,3 +502,45 @@ def test_one_that_becomes_slow_is_alone_with_it_and_returns_to_the_others_when_i
     assert believed_ms(fleet[0])[1] == pytest.approx(well[1], rel=0.1)
     served_by_turns(fleet, 10)
     assert fleet[0].steps.kind is fleet[1].steps.kind
+
+
+# ---- others on the same engine
+
+
+class Crowded(Engine):
+    """An engine that decodes as many requests of others beside ours."""
+
+    def __init__(self, predictor: LatencyPredictor, clock: ManualClock, where: ExecutionInstance, others: int) -> None:
+        super().__init__(predictor, clock, where)
+        self.crowd = others
+
+    def step_ms(self, prompt: float, batch: int) -> float:
+        return super().step_ms(prompt, batch + self.crowd)
+
+
+def test_requests_of_others_are_not_taken_for_slowness() -> None:
+    found = []
+    for others in (0, 100):
+        clock = ManualClock(100.0)
+        engine = Crowded(LatencyPredictor(clock), clock, instance(others_requests=float(others)), others)
+        rng = Random(4)
+        for _ in range(60):
+            engine.serve(int(10 ** rng.uniform(1.5, 3.0)), 100, rng.choice((1, 4, 16)))
+        found.append(engine)
+    alone, crowded = found
+
+    # 0.2 ms a sequence: a batch of 116 takes 31.2 ms, of 16 11.2 ms
+    assert crowded.steps.decode_ms(116.0, 70_000.0) == pytest.approx(31.2, rel=0.15)
+    assert crowded.steps.decode_ms(16.0, 9600.0) < 2.0 * alone.steps.decode_ms(16.0, 9600.0)
+    busy_ms = crowded.predictor.tpot_ms(crowded.where)
+    crowded.where.others_requests = 0.0
+    assert crowded.predictor.tpot_ms(crowded.where) < 0.7 * busy_ms, "what they add goes with them"
+
+
+def test_requests_of_others_are_in_the_price_of_a_newcomer() -> None:
+    predictor = LatencyPredictor()
+    crowded, empty = instance(instance_id="a", others_requests=40.0), instance(instance_id="b")
+    told, untold = predictor.newcomers_ms((crowded, empty), (0, 0), 1000)
+
+    assert told[3] > untold[3], "each step of its answer"
+    assert predictor.delay_ms(crowded, 1000) > predictor.delay_ms(empty, 1000) == 0.0
