@@ -184,14 +184,14 @@ class Dispatcher:
         """Whoever is next in a lane may have become urgent. Looked at once a tick."""
         if self.running and self._policy.pulls_back:
             for lane in self.queue.lanes:
-                head = self.queue.head(lane)
-                if head is not None:
-                    self._pull_back_for(head)
+                first = self.queue.first(lane)
+                if first is not None:
+                    self._pull_back_for(first)
 
     def _pull_back_for(self, job: Job) -> None:
         """``job`` found no room: perhaps something that was sent ahead of it gives way."""
         lane = job.lane
-        if self._picks_next or self._places_itself or self._selects_async or self.queue.head(lane) is not job:
+        if self._picks_next or self._places_itself or self._selects_async or self.queue.first(lane) is not job:
             return
         places = [(instance, self._ahead_on(instance)) for instance in self.fleet.eligible(lane, MOST_LOOKED_AT)]
         found = pulled_back(job, places, self.fleet.now_s, self.queue.wait_there_s(lane))

@@ -522,11 +522,12 @@ class ControlPlaneManager:
 
     def _queue_state(self) -> QueueState:
         usable = [instance for instance in self.fleet.instances() if instance.is_usable]
-        load = sum(instance.current_load for instance in usable) / len(usable) if usable else 0.0
+        # what its engine says of itself counts beside our own count: others may be what fills it
+        load = sum(max(instance.current_load, instance.saturation) for instance in usable) / len(usable) if usable else 0.0
         waits_s = [self.predictor.wait_ms(instance) / 1000.0 for instance in usable]
         return self.queue.state(
             self.clock.now_s(),
-            predicted_wait_s=min(waits_s, default=0.0),
+            predicted_wait_s=self.queue.longest_wait_s() + min(waits_s, default=0.0),
             utilisation=min(1.0, load),
             misses_lately=self.metrics.slo_violations - self._violations[0],
             prices_differ=len({instance.price_per_hour_usd for instance in usable}) > 1,

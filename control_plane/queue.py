@@ -56,7 +56,8 @@ class QueueOrder(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class QueueState:
-    """What an adaptive policy looks at. Shares are in [0, 1]; ``utilisation`` is of the usable instances."""
+    """What an adaptive policy looks at. Shares are in [0, 1]. ``predicted_wait_s``: here, and then at the instance where it is shortest.
+    ``utilisation``: of the usable instances, the greater of their load and their saturation, on average."""
 
     now_s: float
     queued: int = 0
@@ -304,10 +305,19 @@ class RequestQueue:
         mean_ms = sum(known) / len(known) if known else work_ms
         return (found.live - found.live_late) * (len(before) / len(sample)) * mean_ms / pace
 
+    def longest_wait_s(self) -> float:
+        """How long the last of those that wait is predicted to wait here, relegated ones left out: of the lane where that is longest."""
+        return max([self.wait_ahead_s(lane, math.inf) for lane in self._lanes], default=0.0)
+
     def head(self, lane: LaneKey) -> Job | None:
         """Who is next there: the smallest key; the first of the relegated once RELEGATED_TURN - 1 times its work has started before it."""
         found = self._lanes.get(lane)
         return None if found is None else self._top(found.late if self._late_has_turn(found) else found.main)
+
+    def first(self, lane: LaneKey) -> Job | None:
+        """Who goes next there of those that can start in time, whoever's turn it is."""
+        found = self._lanes.get(lane)
+        return None if found is None else self._top(found.main)
 
     def window(self, lane: LaneKey, n: int) -> list[Job]:
         """The first ``n`` waiting jobs of a lane in the order of starting."""
