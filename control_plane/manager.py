@@ -34,7 +34,8 @@ from control_plane.policies import SchedulingPolicy, call_hook, create_policy
 from control_plane.predicting.spending import TenantCost
 from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import Sink, WireRequest
-from control_plane.queue import QueueState, RequestQueue
+from control_plane.queue import RequestQueue
+from control_plane.queue_order import QueueState
 from control_plane.records import FINAL_STATES, RequestRecords, status_info, timings_of
 from control_plane.router import LoadBalancer, RequestRouter, RoutingStrategy
 from control_plane.time_limits import QueueTimeLimits
