@@ -19,7 +19,8 @@ from random import Random
 from control_plane.job import Job, LaneKey
 from control_plane.policies import POLICIES, create_policy, decide
 from control_plane.protocols import WireRequest
-from control_plane.queue import RequestQueue, set_key
+from control_plane.queue import RequestQueue
+from control_plane.queue_order import set_key
 from control_plane.router import ROUTERS, create_strategy
 from control_plane.types import ExecutionInstance, RequestKind, RequestMetadata, RequestPriority
 from control_plane.view import StaticView

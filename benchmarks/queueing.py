@@ -26,7 +26,7 @@ from control_plane.policies import FairSharePolicy
 from control_plane.simulator.fleet_spec import parse_fleet
 from control_plane.simulator.generators import workload_of
 from control_plane.simulator.outcome import COMPLETED, REJECTED, RunResult
-from control_plane.simulator.resample import at_rate
+from control_plane.simulator.resample import at_rate_in
 from control_plane.simulator.rows import jain, row_of
 from control_plane.simulator.run import simulate
 from control_plane.simulator.scenario import Arm, Scenario
@@ -94,7 +94,7 @@ class Bench:
 
     def scenario(self, rate_rps: float, seed: int, slo: str = DEFAULT_SLO, workload: Workload | None = None) -> Scenario:
         length_s = WARMUP_S + self.options.seconds
-        drawn = workload or at_rate(self.base, rate_rps, length_s + 30.0, Random(f"queueing {seed}"))
+        drawn = workload or at_rate_in((WARMUP_S, length_s), self.base, rate_rps, length_s + 30.0, f"queueing {seed}")
         return Scenario(self.fleet, drawn, parse_slo(slo), seed=seed, warmup_s=WARMUP_S, duration_s=self.options.seconds)
 
     def run(self, arm: Arm, rate_rps: float, seed: int, slo: str = DEFAULT_SLO, workload: Workload | None = None) -> RunResult:
@@ -206,7 +206,7 @@ class Bench:
 def hogs(base: Workload, rate_rps: float, length_s: float, seed: int) -> Workload:
     """Four tenants that are always backlogged and ask for 1, 1, 2 and 4 parts of the traffic, together
     ``rate_rps``, four times the capacity."""
-    drawn = at_rate(base, rate_rps, length_s, Random(f"hogs {seed}"))
+    drawn = at_rate_in((WARMUP_S, length_s - 30.0), base, rate_rps, length_s, f"hogs {seed}")
     rng = Random(f"tenants {seed}")
     for request in drawn.requests:
         request.tenant = rng.choices(("a", "b", "c", "d"), (1, 1, 2, 4))[0]

@@ -21,11 +21,12 @@ from control_plane.fleet.ahead import LEAST_TOKENS, heard_of, in_the_way, learn
 from control_plane.job import Job, LaneKey
 from control_plane.live_state import LiveState, RequestFields
 from control_plane.pd_routing import PDRoutingStrategy
-from control_plane.pd_selection import PREFILLING
+from control_plane.pd_selection import PREFILLING, lend_target
 from control_plane.policies import Decided, SchedulingPolicy, as_decided, decide
 from control_plane.pulling_back import Ahead
 from control_plane.pulling_back import found as pulled_back
-from control_plane.queue import RequestQueue, set_key
+from control_plane.queue import RequestQueue
+from control_plane.queue_order import set_key
 from control_plane.router import RequestRouter
 from control_plane.types import (
     ExecutionInstance,
@@ -187,14 +188,16 @@ class Dispatcher:
         """Whoever is next in a lane may have become urgent. Looked at once a tick."""
         if self.running and self._policy.pulls_back:
             for lane in self.queue.lanes:
-                head = self.queue.head(lane)
-                if head is not None:
-                    self._pull_back_for(head)
+                first = self.queue.first(lane)
+                if first is not None:
+                    self._pull_back_for(first)
 
     def _pull_back_for(self, job: Job) -> None:
         """``job`` found no room: perhaps something that was sent ahead of it gives way."""
         lane = job.lane
-        if job.waits_for is not None or self._picks_next or self._places_itself or self._selects_async or self.queue.head(lane) is not job:
+        if job.waits_for is not None or self._picks_next or self._places_itself or self._selects_async:
+            return
+        if self.queue.first(lane) is not job:
             return
         places = [(instance, self._ahead_on(instance)) for instance in self.fleet.eligible(lane, MOST_LOOKED_AT)]
         found = pulled_back(job, places, self.fleet.now_s, self.queue.wait_there_s(lane))
@@ -529,15 +532,3 @@ def _may_serve(instance: ExecutionInstance, lane: LaneKey) -> bool:
     if lane.pinned is not None and lane.pinned not in (instance.instance_id, instance.server_id):
         return False
     return (not lane.avoid or instance.server_id not in lane.avoid) and (not lane.model or instance.serves(lane.model))
-
-
-def lend_target(job: Job, instance: ExecutionInstance) -> None:
-    """The ``target_latency_ms`` of a decode instance is the TPOT target of a request there that brings none."""
-    lent = "tpot_slo_ms" in job.filled_in
-    if job.request.tpot_slo_ms is not None and not lent:
-        return
-    options = instance.decoding_config
-    if options is not None and instance.instance_type == ExecutionInstanceType.DECODING:
-        job.fill_in("tpot_slo_ms", options.target_latency_ms)
-    elif lent:
-        job.request.tpot_slo_ms = None

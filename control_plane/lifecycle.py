@@ -36,7 +36,8 @@ from control_plane.observability.metrics import MetricsRecorder
 from control_plane.policies import SchedulingPolicy, call_hook
 from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import EngineOutcome, EventSink, Sink, WireRequest
-from control_plane.queue import RequestQueue, set_key
+from control_plane.queue import RequestQueue
+from control_plane.queue_order import set_key
 from control_plane.records import FINAL_STATES, RequestRecords, status_info
 from control_plane.recovery import after_failure
 from control_plane.types import ExecutionInstance, Leg, RequestKind, RequestMetadata, RequestStatus, Usage

@@ -34,7 +34,8 @@ from control_plane.policies import SchedulingPolicy, call_hook, create_policy
 from control_plane.predicting.spending import TenantCost
 from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import Sink, WireRequest
-from control_plane.queue import QueueState, RequestQueue
+from control_plane.queue import RequestQueue
+from control_plane.queue_order import QueueState
 from control_plane.records import FINAL_STATES, RequestRecords, status_info, timings_of
 from control_plane.router import LoadBalancer, RequestRouter, RoutingStrategy
 from control_plane.time_limits import QueueTimeLimits
@@ -522,11 +523,12 @@ class ControlPlaneManager:
 
     def _queue_state(self) -> QueueState:
         usable = [instance for instance in self.fleet.instances() if instance.is_usable]
-        load = sum(instance.current_load for instance in usable) / len(usable) if usable else 0.0
+        # what its engine says of itself counts beside our own count: others may be what fills it
+        load = sum(max(instance.current_load, instance.saturation) for instance in usable) / len(usable) if usable else 0.0
         waits_s = [self.predictor.wait_ms(instance) / 1000.0 for instance in usable]
         return self.queue.state(
             self.clock.now_s(),
-            predicted_wait_s=min(waits_s, default=0.0),
+            predicted_wait_s=self.queue.longest_wait_s() + min(waits_s, default=0.0),
             utilisation=min(1.0, load),
             misses_lately=self.metrics.slo_violations - self._violations[0],
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from control_plane.errors import InvalidRequest
+from control_plane.job import Job
 from control_plane.live_state import LiveState
 from control_plane.types import ExecutionInstance, ExecutionInstanceType
 
@@ -72,3 +73,15 @@ def _has_own_room(instance: ExecutionInstance) -> bool:
         return options is None or instance.active_requests < options.target_batch_size
     decoding = instance.decoding_config
     return decoding is None or instance.active_requests < decoding.max_parallel_requests
+
+
+def lend_target(job: Job, instance: ExecutionInstance) -> None:
+    """The ``target_latency_ms`` of a decode instance is the TPOT target of a request there that brings none."""
+    lent = "tpot_slo_ms" in job.filled_in
+    if job.request.tpot_slo_ms is not None and not lent:
+        return
+    options = instance.decoding_config
+    if options is not None and instance.instance_type == ExecutionInstanceType.DECODING:
+        job.fill_in("tpot_slo_ms", options.target_latency_ms)
+    elif lent:
+        job.request.tpot_slo_ms = None

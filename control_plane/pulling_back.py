@@ -17,6 +17,8 @@ from control_plane.types import ExecutionInstance
 
 #: how often one request may be taken back, so that it gets its turn
 MOST: Final = 3
+#: urgent ones that are sent beside less urgent ones, and not in their place
+BESIDE: Final = 8
 
 
 class Ahead(Protocol):
@@ -38,8 +40,9 @@ class PullBack(NamedTuple):
 def found(job: Job, places: Iterable[tuple[ExecutionInstance, Sequence[Ahead]]], now_s: float, there_s: float) -> PullBack | None:
     """Of instances without room and what is ahead on each, oldest first: where ``job``, the next of its lane, would start soonest.
 
-    A request gives way to one of a more urgent class that the policy puts before it. An engine that orders by priority itself gets the
-    urgent one beside what is there. None where nothing gives way.
+    A request gives way to one of a more urgent class that the policy puts before it. Where those that are there are being computed, the
+    urgent one is sent beside them, so that it is in the engine's next step; so it is to an engine that orders by priority itself. BESIDE
+    as urgent ones may be there. None where it has to wait.
 
     Args:
         there_s: what requests of its lane wait at the engines beyond their own prefill.
@@ -49,15 +52,17 @@ def found(job: Job, places: Iterable[tuple[ExecutionInstance, Sequence[Ahead]]],
     least_ms = math.inf
     for instance, ahead in places:
         live: LiveState = instance
+        back: tuple[Job, ...] = ()
+        behind = sum(_is_behind(one.job, job) for one in ahead)
+        beside = behind > 0 and len(ahead) - behind < BESIDE and live.active_requests < instance.concurrency_limit
         if live.priority_scheduling:
-            if live.active_requests >= instance.concurrency_limit or not any(_is_behind(one.job, job) for one in ahead):
+            if not beside:
                 continue
-            back: tuple[Job, ...] = ()
             before_ms = sum(one.job.prefill_ms for one in ahead if one.job.request.priority <= job.request.priority)
         else:
             waiting = [one for place, one in enumerate(ahead) if late or (place and one.started_s >= live.began_s)]
             back = tuple(one.job for one in waiting if _gives_way(one.job, job, late))
-            if not back:
+            if not back and not beside:
                 continue
             before_ms = live.ahead_ms - sum(one.prefill_ms for one in back)
         if before_ms < least_ms:

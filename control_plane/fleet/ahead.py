@@ -10,9 +10,10 @@ and a first token makes room, as an end does. Two are always allowed: one that i
 
 ``dispatch_ahead_ms`` is found per instance, by whether the engine ran dry: where the first token of a round came from a request that
 was sent only after the round before it, nothing was ready in between, and the engine made a step without prefill that it need not have
-made. Then it grows by a quarter; a round that had something ready shrinks it by a five-hundredth, so that one round in about a hundred is
-dry at most. Only rounds after which requests were held back count. What an engine says of itself comes in beside that: it tells that
-nobody waits there while we hold back, and then it grows too.
+made. Then it grows by a quarter; a round that had something ready shrinks it by a fiftieth, so that one round in about twelve is dry at
+most. That costs next to nothing (a dry step is a short one, and two are sent whatever they are), while what is ready beyond need
+makes steps long, and whoever comes late waits for it. Only rounds after which requests were held back count. What an engine says of itself
+comes in beside that: it tells that nobody waits there while we hold back, and then it grows too.
 
 Answers that are not streamed show no first token; they are not counted here, and caps alone (hard, or learned from the requests waiting
 at the engine: ``concurrency.py``) bound them.
@@ -29,10 +30,10 @@ READY: Final = 2
 #: where it begins
 START_MS: Final = 500.0
 #: it does not shrink below the prefill of so many tokens: a step of few tokens costs its fixed part all the same
-LEAST_TOKENS: Final = 4096
+LEAST_TOKENS: Final = 2048
 MOST_MS: Final = 60_000.0
 GROW: Final = 1.25
-SHRINK: Final = 0.998
+SHRINK: Final = 0.98
 #: where urgent ones come: shrinks by so much each time, to so much of that
 YIELD: Final = 0.9
 WAY: Final = 0.25

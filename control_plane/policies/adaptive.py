@@ -11,7 +11,7 @@ from control_plane.policies.fair_share import FairSharePolicy
 from control_plane.policies.priority import PriorityPolicy
 from control_plane.policies.slo_aware import SLOAwarePolicy
 from control_plane.protocols import FleetView
-from control_plane.queue import QueueState
+from control_plane.queue_order import QueueState
 from control_plane.types import ExecutionInstance, RequestMetadata
 
 

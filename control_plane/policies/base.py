@@ -17,7 +17,7 @@ from control_plane.policies.decision import decide
 from control_plane.policies.service import ServiceGuide
 from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import FleetView, Predictor
-from control_plane.queue import QueueState, relative_slack_s
+from control_plane.queue_order import QueueState, relative_slack_s
 from control_plane.router.load_balanced import LoadBalanced
 from control_plane.types import ExecutionInstance, RequestMetadata, SchedulingDecision
 from control_plane.view import StaticView

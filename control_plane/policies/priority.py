@@ -8,7 +8,7 @@ from control_plane.errors import InvalidRequest
 from control_plane.job import Job
 from control_plane.policies.base import SchedulingPolicy
 from control_plane.protocols import FleetView
-from control_plane.queue import relative_slack_s
+from control_plane.queue_order import relative_slack_s
 from control_plane.types import RequestMetadata, RequestPriority
 
 #: seconds by which a class stands behind an arrival of the same moment that is CRITICAL; all below the queue's own time limit

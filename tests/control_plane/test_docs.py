@@ -42,9 +42,9 @@ from control_plane.types import DecodingConfig, PDSeparationConfig, PrefillingCo
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = sorted([*DOCS.glob("*.md"), *ROOT.glob("*.md")])
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")])
 #: pages that a reader is led to from the README
-LINKED = sorted(path.name for path in DOCS.glob("*.md") if path.name != "SEED.md")
+LINKED = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if path.name != "SEED.md")
 
 
 def text_of(name: str) -> str:
@@ -92,6 +92,15 @@ def test_every_relative_link_leads_somewhere(path: Path) -> None:
 def test_the_seed_is_linked_from_nowhere_in_the_way_of_readers_and_all_other_pages_are() -> None:
     readme = text_of("README.md")
     assert [name for name in LINKED if f"docs/{name}" not in readme] == []
+
+
+def test_every_policy_has_its_page_and_no_page_is_of_another() -> None:
+    assert {path.stem for path in (DOCS / "policies").glob("*.md")} == set(POLICIES)
+    for name in POLICIES:
+        text = text_of(f"policies/{name}.md")
+        assert text.startswith(f"# `{name}`\n")
+        assert [part for part in ("Formula", "Inputs", "Use it", "Not", "Cost") if f"**{part}" not in text] == []
+        assert f"scheduling_policy: {name}" in text
 
 
 def make_targets() -> set[str]:

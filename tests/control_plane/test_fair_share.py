@@ -18,7 +18,8 @@ from control_plane.policies import FairSharePolicy
 from control_plane.policies.fair_share import OUTPUT_WEIGHT, TOKEN_S
 from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import WireRequest
-from control_plane.queue import RequestQueue, set_key
+from control_plane.queue import RequestQueue
+from control_plane.queue_order import set_key
 from control_plane.types import RequestKind
 from control_plane.view import StaticView
 

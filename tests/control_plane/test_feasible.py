@@ -15,7 +15,8 @@ from control_plane.feasible import CLASS_WORTH, Pace, left_out
 from control_plane.job import Job, LaneKey
 from control_plane.policies import SLOAwarePolicy
 from control_plane.protocols import WireRequest
-from control_plane.queue import RequestQueue, set_key
+from control_plane.queue import RequestQueue
+from control_plane.queue_order import set_key
 from control_plane.types import RequestKind, RequestMetadata
 from control_plane.view import StaticView
 

@@ -17,7 +17,7 @@ from control_plane import (
     SchedulingPolicy,
 )
 from control_plane.protocols import FleetView
-from control_plane.queue import QueueState
+from control_plane.queue_order import QueueState
 
 Instances = list[ExecutionInstance]
 

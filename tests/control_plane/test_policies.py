@@ -24,7 +24,7 @@ from control_plane.policies.adaptive import AdaptiveSettings
 from control_plane.policies.priority import DEFAULT_OFFSETS_S
 from control_plane.prediction import LatencyPredictor
 from control_plane.protocols import FleetView, WireRequest
-from control_plane.queue import QueueState
+from control_plane.queue_order import QueueState
 from control_plane.router import LoadBalanced
 from control_plane.types import ExecutionInstance, ParallelismType, RequestKind, RequestMetadata, RequestPriority, SchedulingDecision
 from control_plane.view import StaticView

@@ -9,7 +9,7 @@ from scripted_engine import ScriptedCall
 from scripted_world import Make, World
 
 from control_plane import RequestMetadata
-from control_plane.pulling_back import MOST
+from control_plane.pulling_back import BESIDE, MOST
 
 
 def stream(world: World, name: str, **fields: object) -> asyncio.Task[None]:
@@ -120,5 +120,28 @@ async def test_an_engine_that_orders_by_priority_gets_the_urgent_one_beside_what
     await asyncio.sleep(0)
     assert ids(world.open_on("a")) == ["begun", "ahead1", "ahead2", "urgent"]
     assert b'"priority"' in call_of(world, "urgent").wire.body or call_of(world, "urgent").request.priority == 0
+    for task in tasks:
+        task.cancel()
+
+
+async def test_where_nothing_can_give_way_the_urgent_one_is_sent_beside_it(make: Make) -> None:
+    world = make("", scheduling_policy="priority", dispatch_ahead_ms=0.001)
+    world.add("a")
+    await world.manager.start()
+    tasks = [stream(world, name, priority="low") for name in ("one", "two", "waits")]
+    await asyncio.sleep(0)
+    call_of(world, "one").begin()
+    call_of(world, "two").begin()
+    # "waits" is the only one ahead: the engine computes it
+    tasks += [stream(world, f"more{n}", priority="low") for n in range(3)]
+    await asyncio.sleep(0)
+    call_of(world, "waits").begin()
+    before = ids(world.open_on("a"))
+    tasks += [stream(world, f"urgent{n}", priority="critical") for n in range(BESIDE + 2)]
+    await asyncio.sleep(0)
+    there = ids(world.open_on("a"))
+    urgent = [name for name in there if name.startswith("urgent")]
+    assert len(urgent) == BESIDE
+    assert set(before) - set(there) <= {"more1"}, "what may be computed stays"
     for task in tasks:
         task.cancel()

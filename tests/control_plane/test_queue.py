@@ -13,7 +13,8 @@ from control_plane.errors import ConfigurationError, QueueFull
 from control_plane.job import Job, LaneKey
 from control_plane.policies import FIFOPolicy, PriorityPolicy, SLOAwarePolicy
 from control_plane.protocols import WireRequest
-from control_plane.queue import COMPACT_ABOVE, RELEGATED_TURN, RequestQueue, set_key
+from control_plane.queue import COMPACT_ABOVE, RELEGATED_TURN, RequestQueue
+from control_plane.queue_order import set_key
 from control_plane.types import ExecutionInstance, RequestKind, RequestMetadata, RequestPriority
 from control_plane.view import StaticView
 

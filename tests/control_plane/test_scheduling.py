@@ -77,7 +77,7 @@ async def test_cost_optimized_places_on_the_cheapest_that_meets_the_deadline(ins
 
 
 async def test_adaptive_follows_what_waits_and_says_why(instances: list[ExecutionInstance]) -> None:
-    from control_plane.queue import QueueState
+    from control_plane.queue_order import QueueState
 
     policy = AdaptivePolicy()
     reasons = []

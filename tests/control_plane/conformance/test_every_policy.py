@@ -12,7 +12,8 @@ from control_plane.errors import NoInstanceAvailable
 from control_plane.job import Job, LaneKey
 from control_plane.policies import POLICIES, SchedulingPolicy, create_policy
 from control_plane.protocols import WireRequest
-from control_plane.queue import QueueState, RequestQueue, set_key
+from control_plane.queue import RequestQueue
+from control_plane.queue_order import QueueState, set_key
 from control_plane.types import ExecutionInstance, RequestKind, RequestMetadata, RequestPriority
 from control_plane.view import StaticView
 
