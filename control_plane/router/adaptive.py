@@ -17,8 +17,9 @@ from control_plane.types import ExecutionInstance, RequestMetadata
 #: median error of predicted milliseconds per token from which on they are no guide, and below which they are one again
 DISTRUST_ABOVE: Final = 0.75
 TRUST_BELOW: Final = 0.5
-#: predictions that have to have been compared with what came; until then the prior is believed, which is the same for equal instances
-LEAST_COMPARED: Final = 200
+#: predictions that have to have been compared with what came. While a fleet fills up they err most, and prices are right all the same: the
+#: prior is the same for equal instances; a few seconds of hashing at the beginning spread sessions in a way that lasts
+LEAST_COMPARED: Final = 1000
 #: decisions between two looks at the errors
 LOOK_EVERY: Final = 128
 
