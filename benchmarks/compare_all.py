@@ -99,6 +99,8 @@ class Matrix:
     warmup_s: float = 60.0
     #: of whom the capacity is found
     capacity_router: str = DEFAULT
+    #: of each trace; the first is for whoever tunes a constant
+    half: int = 2
 
     def arms(self) -> tuple[Arm, ...]:
         return (
@@ -127,6 +129,7 @@ class Matrix:
             capacity_rps=capacity_rps,
             capacity_arm=(self.policy, self.capacity_router),
             more_arms=tuple(arms),
+            half=self.half,
         )
 
 
@@ -269,6 +272,7 @@ def matrix_of(options: argparse.Namespace) -> Matrix:
         options.seeds,
         options.duration_s,
         capacity_router=options.capacity_router,
+        half=options.half,
     )
 
 
@@ -294,6 +298,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--policy", default=POLICY, help="of the queue, for all arms but the baseline")
     made.add_argument("--seeds", type=int, default=SEEDS)
     made.add_argument("--duration-s", type=float, default=300.0, help="virtual seconds that are judged")
+    made.add_argument("--half", type=int, choices=(1, 2), default=2, help="of each trace: the first to tune on, the second to report")
     made.add_argument("--jobs", type=int, default=usable_cores(), help="processes")
     made.add_argument("--out", type=Path, default=ROOT / "build" / "compare-all", help="folder of the results")
     made.add_argument("--page", type=Path, default=ROOT / "docs" / "COMPARISON.md", help="the page whose tables are written")
@@ -331,7 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def names_of(matrix: Matrix) -> Names:
     clairvoyants = tuple(clairvoyant(name) for name in matrix.clairvoyants)
-    return Names(matrix.default, with_events(matrix.default), clairvoyants, matrix.policy, matrix.capacity_router)
+    return Names(matrix.default, with_events(matrix.default), clairvoyants, matrix.policy, matrix.capacity_router, matrix.half)
 
 
 def part_rows(part: Part, file: RowsFile) -> PartRows:

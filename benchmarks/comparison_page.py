@@ -96,6 +96,7 @@ def _ran(names: Names, parts: Sequence[PartRows]) -> str:
     lines = [
         "### What was run\n",
         f"Simulated: {runs:,} runs, {seeds} seeds, {judged} s judged each, {hours:.1f} hours of one core.",
+        f"The {('first', 'second')[names.half - 1]} half of each trace.",
         f"Queue policy `{names.policy}`; capacity under `{names.capacity_router}`; the verdicts are about `{names.default}`.\n",
         "| workload | to the simulator | targets | capacity, requests/s |",
         "|---|---|---|---|",

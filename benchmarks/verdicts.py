@@ -37,13 +37,15 @@ LEAD_RATES = (0.8, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """Which arm is which. ``policy`` orders the queue of all but the baseline; the capacity was found under ``capacity_router``."""
+    """Which arm is which. ``policy`` orders the queue of all but the baseline; the capacity was found under ``capacity_router``;
+    ``half`` of each trace was taken."""
 
     default: str
     default_with_events: str
     clairvoyants: tuple[str, ...]
     policy: str
     capacity_router: str
+    half: int
 
     def bounds_and_variants(self) -> set[str]:
         """Arms that know more than the others: nobody is compared with them but by name."""

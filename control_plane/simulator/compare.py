@@ -17,7 +17,7 @@ from control_plane.simulator.generators import workload_of
 from control_plane.simulator.loop import Deadlock
 from control_plane.simulator.lru_bound import lru_hit_rate
 from control_plane.simulator.outcome import RunResult
-from control_plane.simulator.resample import at_rate, at_rate_in
+from control_plane.simulator.resample import at_rate, at_rate_in, piece
 from control_plane.simulator.resume import ResultFile
 from control_plane.simulator.rows import Curves, Row, curves_of, row_of
 from control_plane.simulator.run import simulate
@@ -45,6 +45,7 @@ class Comparison:
         duration_s: virtual seconds that are judged; 0: the least (300, or ten times the p90 end-to-end time if that is more).
         capacity_rps: 0: found by bisection, under ``capacity_arm`` (policy and router).
         more_arms: beside every pair of policy and router.
+        half: 1 or 2: only that half of the trace's time; 0: all of it.
     """
 
     trace: str
@@ -64,6 +65,7 @@ class Comparison:
     capacity_rps: float = 0.0
     capacity_arm: tuple[str, str] = ("adaptive", "load_balanced")
     more_arms: tuple[Arm, ...] = ()
+    half: int = 0
 
     def arms(self) -> list[Arm]:
         return [*(Arm(policy, router) for policy in self.scheduling_policies for router in self.routing_strategies), *self.more_arms]
@@ -227,6 +229,9 @@ def base_of(comparison: Comparison) -> tuple[Scenario, int]:
     """
     fleet = parse_fleet(comparison.fleet)
     workload = workload_of(comparison.trace, seed=0)
+    if comparison.half:
+        half_s = workload.duration_s / 2.0
+        workload = piece(workload, (comparison.half - 1) * half_s, half_s)
     fitting = [one for one in workload.requests if one.prompt_tokens + one.output_tokens <= fleet.context_tokens]
     if not fitting:
         raise InvalidRequest(
