@@ -52,6 +52,7 @@ MIXED = "2xh100x4-llama3.1-70b,6xl40sx8-llama3.1-70b"
 #: EQUAL eight times, and so is its capacity taken to be
 LARGE = "64xa100x4-llama3.1-70b"
 LARGE_FACTOR = 8.0
+FLEET_NAMES = {EQUAL: "8 equal", MIXED: "8 mixed", LARGE: "64 equal"}
 LARGE_WORKLOADS = ("mooncake_conversation", "agents")
 LARGE_RATES = ("0.8", "1.0", "1.2")
 LARGE_ARMS = 4
@@ -336,7 +337,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def names_of(matrix: Matrix) -> Names:
     clairvoyants = tuple(clairvoyant(name) for name in matrix.clairvoyants)
-    return Names(matrix.default, with_events(matrix.default), clairvoyants, matrix.policy, matrix.capacity_router, matrix.half)
+    return Names(matrix.default, with_events(matrix.default), clairvoyants, matrix.policy, matrix.capacity_router, matrix.half, FLEET_NAMES)
 
 
 def part_rows(part: Part, file: RowsFile) -> PartRows:

@@ -46,7 +46,7 @@ def draw(path: Path, fleet: str, cells: Mapping[tuple[str, float], Cell], names:
     axes[0].set_ylabel("requests/s within their targets")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="center right", frameon=False, fontsize=7)
-    figure.suptitle(f"{fleet}, simulated", fontsize=9)
+    figure.suptitle(f"{names.fleet(fleet)}: {fleet}, simulated", fontsize=9)
     figure.tight_layout(rect=(0, 0, 1 - 2.0 / figure.get_figwidth(), 1))
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

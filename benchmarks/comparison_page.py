@@ -77,7 +77,7 @@ def results_text(names: Names, parts: Sequence[PartRows], plots: Mapping[str, Pa
     cells = cells_of(row for part in parts for row in part.rows)
     sections = [_ran(names, parts), _verdicts(verdicts_of(cells, names), names)]
     for fleet in dict.fromkeys(part.fleet for part in parts):
-        lines = [f"### {fleet}\n"]
+        lines = [f"### Fleet: {names.fleet(fleet)}\n"]
         if fleet in plots:
             lines.append(f"![Goodput by rate, simulated](images/{plots[fleet].name})\n")
         lines += [_table(part, names, cells) for part in parts if part.fleet == fleet]
@@ -89,22 +89,31 @@ def results_text(names: Names, parts: Sequence[PartRows], plots: Mapping[str, Pa
 
 
 def _ran(names: Names, parts: Sequence[PartRows]) -> str:
+    fleets = list(dict.fromkeys(part.fleet for part in parts))
     runs = sum(len(part.rows) for part in parts)
     seeds = " to ".join(map(str, sorted({len({row["seed"] for row in part.rows}) for part in parts})))
     hours = sum(row["wall_s"] for part in parts for row in part.rows) / 3600.0
     judged = ", ".join(f"{seconds:g}" for seconds in sorted({part.duration_s for part in parts}))
     lines = [
         "### What was run\n",
-        f"Simulated: {runs:,} runs, {seeds} seeds, {judged} s judged each, {hours:.1f} hours of one core.",
+        f"Simulated: {runs:,} runs, {seeds} seeds, {judged} s judged each, {hours:.1f} hours in all processes.",
         f"The {('first', 'second')[names.half - 1]} half of each trace.",
         f"Queue policy `{names.policy}`; capacity under `{names.capacity_router}`; the verdicts are about `{names.default}`.\n",
-        "| workload | to the simulator | targets | capacity, requests/s |",
-        "|---|---|---|---|",
+        "| workload | to the simulator | targets | " + " | ".join(f"capacity, {names.fleet(fleet)}" for fleet in fleets) + " |",
+        "|---|---|---" + "|---" * len(fleets) + "|",
     ]
     for workload in dict.fromkeys(part.workload for part in parts):
-        of = [part for part in parts if part.workload == workload]
-        capacities = "; ".join(f"{part.capacity_rps:.3g} on {part.fleet}" for part in of)
-        lines.append(f"| {workload} | `{of[0].trace}` | `{of[0].slo}` | {capacities} |")
+        of = {part.fleet: part for part in parts if part.workload == workload}
+        first = next(iter(of.values()))
+        capacities = " | ".join(f"{of[fleet].capacity_rps:.3g}/s" if fleet in of else "-" for fleet in fleets)
+        lines.append(f"| {workload} | `{first.trace}` | `{first.slo}` | {capacities} |")
+    lost: dict[str, int] = {}
+    for row in (row for part in parts for row in part.rows):
+        lost[row["routing_strategy"]] = lost.get(row["routing_strategy"], 0) + row["rejected"] + row["failed"]
+    told = ", ".join(f"{_short(arm)} {count:,}" for arm, count in lost.items() if count)
+    lines += ["", f"Requests that were refused or failed: {told or 'none'}."]
+    lines += ["", "| fleet | engines |", "|---|---|"]
+    lines += [f"| {names.fleet(fleet)} | `{fleet}` |" for fleet in fleets]
     return "\n".join(lines) + "\n"
 
 
@@ -132,17 +141,27 @@ def _verdicts(found: Verdicts, names: Names) -> str:
         "|---|---|---|",
     ]
     by_chance = f"{found.compared * 0.025:.0f} of {found.compared:,} pairs would be by chance alone"
-    worst = f"{found.behind[0][1]:+.1%} {_where(found.behind[0][0])}" if found.behind else "-"
+    worst = f"{found.behind[0][1]:+.1%} {_where(found.behind[0][0], names)}" if found.behind else "-"
     lines.append(f"| goodput in no cell significantly below another arm's | {len(found.behind)} pairs are ({by_chance}) | {worst} |")
     for goal, findings, shown in goals:
         least = min(findings, key=lambda one: one.value.mean, default=None)
         met = f"{sum(one.met for one in findings)} of {len(findings)}" if findings else "not run"
-        lines.append(f"| {goal} | {met} | {f'{shown(least.value)} {_where(least)}' if least is not None else '-'} |")
+        lines.append(f"| {goal} | {met} | {f'{shown(least.value)} {_where(least, names)}' if least is not None else '-'} |")
     lines.append("")
+    if found.scores:
+        lines += [
+            f"Cells in which the goodput of {default} is significantly",
+            "",
+            "| against | above | below | neither |",
+            "|---|---|---|---|",
+        ]
+        lines += [f"| {_short(arm)} | {one.ahead} | {one.behind} | {one.undecided} |" for arm, one in found.scores.items()]
+        lines.append("")
     if found.behind:
         lines += [f"Where {default} is significantly behind" + _cut(found.behind), "", "| cell | arm | requests/s | |", "|---|---|---|---|"]
         lines += [
-            f"| {_cell(one.key)} | {_short(one.other)} | {_plain(one.value)} | {share:+.1%} |" for one, share in found.behind[:MOST_SHOWN]
+            f"| {_cell(one.key, names)} | {_short(one.other)} | {_plain(one.value)} | {share:+.1%} |"
+            for one, share in found.behind[:MOST_SHOWN]
         ]
         lines.append("")
     for title, findings, shown in (
@@ -157,7 +176,7 @@ def _verdicts(found: Verdicts, names: Names) -> str:
             lines += [f"{title}{_cut(findings)}", "", "| cell | against | value | goal |", "|---|---|---|---|"]
             ranked = sorted(findings, key=lambda one: one.value.mean)[:MOST_SHOWN]
             lines += [
-                f"| {_cell(one.key)} | {_short(one.other) or '-'} | {shown(one.value)} | {'met' if one.met else 'missed'} |"
+                f"| {_cell(one.key, names)} | {_short(one.other) or '-'} | {shown(one.value)} | {'met' if one.met else 'missed'} |"
                 for one in ranked
             ]
             lines.append("")
@@ -168,14 +187,14 @@ def _cut(findings: Sequence[object]) -> str:
     return f", the worst {MOST_SHOWN} of {len(findings)}:" if len(findings) > MOST_SHOWN else ":"
 
 
-def _cell(key: Key) -> str:
+def _cell(key: Key, names: Names) -> str:
     fleet, workload, rate = key
-    return f"{workload} at {rate:.0%}, {fleet}"
+    return f"{workload} at {rate:.0%}, {names.fleet(fleet)}"
 
 
-def _where(finding: Finding) -> str:
+def _where(finding: Finding, names: Names) -> str:
     against = f", against {_short(finding.other)}" if finding.other else ""
-    return f"({_cell(finding.key)}{against})"
+    return f"({_cell(finding.key, names)}{against})"
 
 
 def _share(value: Estimate) -> str:

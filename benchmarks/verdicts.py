@@ -9,7 +9,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from control_plane.simulator.rows import Row
 from control_plane.simulator.stats import interval, is_clear
@@ -33,12 +33,14 @@ HITS_GOAL = 0.92
 HITS_WITH_EVENTS_GOAL = 0.97
 CLAIRVOYANT_GOAL = 0.95
 LEAD_RATES = (0.8, 1.0)
+#: goodput at this rate or above is held against its peak
+OVERLOAD_RATE = 1.5
 
 
 @dataclass(frozen=True, slots=True)
 class Names:
     """Which arm is which. ``policy`` orders the queue of all but the baseline; the capacity was found under ``capacity_router``;
-    ``half`` of each trace was taken."""
+    ``half`` of each trace was taken. ``fleets``: short names of fleets."""
 
     default: str
     default_with_events: str
@@ -46,6 +48,10 @@ class Names:
     policy: str
     capacity_router: str
     half: int
+    fleets: Mapping[str, str] = field(default_factory=dict)
+
+    def fleet(self, text: str) -> str:
+        return self.fleets.get(text, text)
 
     def bounds_and_variants(self) -> set[str]:
         """Arms that know more than the others: nobody is compared with them but by name."""
@@ -82,19 +88,33 @@ class Finding:
     other: str = ""
 
 
+@dataclass(slots=True)
+class Score:
+    """Against one arm: in how many cells the default's goodput is significantly above its own, significantly below it, and neither."""
+
+    ahead: int = 0
+    behind: int = 0
+    undecided: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Verdicts:
     """``behind``: where another arm's goodput is significantly above the default's, by how many requests a second (negative) and as a
-    share; ``compared``: how many pairs were looked at."""
+    share; ``scores``: by arm."""
 
     behind: list[tuple[Finding, float]]
-    compared: int
+    scores: dict[str, Score]
     lead: list[Finding]
     round_robin: list[Finding]
     overload: list[Finding]
     hits: list[Finding]
     hits_with_events: list[Finding]
     clairvoyant: list[Finding]
+
+    @property
+    def compared(self) -> int:
+        """Pairs of the default and another arm in a cell."""
+        return sum(one.ahead + one.behind + one.undecided for one in self.scores.values())
 
 
 def cells_of(rows: Iterable[Row]) -> dict[Key, dict[str, dict[int, Row]]]:
@@ -109,10 +129,10 @@ def cells_of(rows: Iterable[Row]) -> dict[Key, dict[str, dict[int, Row]]]:
 def verdicts_of(cells: Mapping[Key, Cell], names: Names) -> Verdicts:
     """Of the cells in which the default has run."""
     cells = {key: cell for key, cell in cells.items() if names.default in cell}
-    behind, compared = _behind(cells, names)
+    behind, scores = _behind(cells, names)
     return Verdicts(
         behind,
-        compared,
+        scores,
         _lead(cells, names),
         _round_robin(cells, names),
         _overload(cells, names),
@@ -174,9 +194,9 @@ def best_arms(cells: Mapping[Key, Cell], count: int, default: str, among: Iterab
 # ---- the goals
 
 
-def _behind(cells: Mapping[Key, Cell], names: Names) -> tuple[list[tuple[Finding, float]], int]:
+def _behind(cells: Mapping[Key, Cell], names: Names) -> tuple[list[tuple[Finding, float]], dict[str, Score]]:
     found: list[tuple[Finding, float]] = []
-    compared = 0
+    scores: dict[str, Score] = {}
     for key, cell in cells.items():
         for arm in cell:
             if arm == names.default or arm in names.bounds_and_variants():
@@ -184,12 +204,16 @@ def _behind(cells: Mapping[Key, Cell], names: Names) -> tuple[list[tuple[Finding
             differences = paired(cell, names.default, arm, goodput_difference)
             if not differences:
                 continue
-            compared += 1
+            score = scores.setdefault(arm, Score())
             value = Estimate.of(differences)
-            if value.clear and value.mean < 0.0:
-                theirs = mean_of(cell[arm], goodput)
-                found.append((Finding(key, value, False, arm), value.mean / theirs if theirs else 0.0))
-    return sorted(found, key=lambda one: one[1]), compared
+            if not value.clear:
+                score.undecided += 1
+            elif value.mean > 0.0:
+                score.ahead += 1
+            else:
+                score.behind += 1
+                found.append((Finding(key, value, False, arm), value.mean / mean_of(cell[arm], goodput)))
+    return sorted(found, key=lambda one: one[1]), scores
 
 
 def _lead(cells: Mapping[Key, Cell], names: Names) -> list[Finding]:
@@ -228,7 +252,7 @@ def _overload(cells: Mapping[Key, Cell], names: Names) -> list[Finding]:
     found = []
     for (fleet, workload), by_rate in by_pair.items():
         last = max(by_rate)
-        if last <= 1.0:
+        if last < OVERLOAD_RATE:
             continue
         peak = max(by_rate, key=lambda rate: mean_of(by_rate[rate], goodput))
         seeds = sorted(by_rate[last].keys() & by_rate[peak].keys())

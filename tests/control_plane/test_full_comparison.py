@@ -47,6 +47,7 @@ def test_an_arm_that_is_better_with_every_seed_by_as_much_is_told_of() -> None:
     assert found.behind[0][0].value.mean == pytest.approx(-1.0)
     assert found.behind[0][1] == pytest.approx(-1.0 / 21.0)
     assert found.compared == 2
+    assert (found.scores["theirs"].behind, found.scores["luck"].undecided) == (1, 1)
 
 
 def test_an_arm_that_is_worse_is_not_told_of_nor_is_one_that_knows_more() -> None:
@@ -54,7 +55,7 @@ def test_an_arm_that_is_worse_is_not_told_of_nor_is_one_that_knows_more() -> Non
     rows += over_seeds("clairvoyant ours", (12.0, 22.1, 31.9)) + over_seeds("ours, KV events", (12.0, 22.1, 31.9))
     found = verdicts_of(cells_of(rows), NAMES)
     assert found.behind == []
-    assert found.compared == 1
+    assert found.compared == found.scores["worse"].ahead == 1
 
 
 def test_of_one_seed_nothing_is_significant() -> None:
@@ -138,12 +139,14 @@ def test_the_best_arms_are_those_nearest_to_the_best_of_each_cell_and_the_defaul
 def parts() -> list[PartRows]:
     rows = over_seeds("ours", (10.0, 20.0, 30.0), rate=0.8, lru_hit_rate=0.5, prefix_hit_rate=0.4, ttft_p90=1234.0)
     rows += over_seeds("rival:theirs", (11.0, 21.1, 30.9), rate=0.8, lru_hit_rate=0.5)
+    rows[-1]["rejected"], rows[-1]["failed"] = 1, 1
     return [PartRows("w", "w:x=1", "all=ttft:1", "f", 12.0, 300.0, rows)]
 
 
 def test_tables_show_what_the_rows_say() -> None:
     text = results_text(NAMES, parts(), {})
     assert "Simulated: 6 runs, 3 seeds, 300 s judged each" in text
+    assert "Requests that were refused or failed: theirs 2." in text
     assert "| ours | 20 | 1.23 | 40.0% | 80.0% |" in text
     assert "| theirs | **21** ↑ | 1.00 | 0.0% | 0.0% |" in text
     assert "| w at 80%, f | theirs | -1 (-1.25 to -0.752) | -4.8% |" in text
