@@ -188,7 +188,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     """Arguments of a matrix of seconds."""
     monkeypatch.setattr(comparing, "LEAST_S", 20.0)
     monkeypatch.setattr(comparing, "TAIL_S", 2.0)
-    workloads = {"poisson": ("poisson:rate_rps=2,duration_s=120", compare_all.SLO)}
+    workloads = {"poisson": compare_all.Kind("poisson:rate_rps=2,duration_s=120", compare_all.SLO, True)}
     monkeypatch.setattr(compare_all, "WORKLOADS", workloads)
     monkeypatch.setattr(compare_all.FindCapacity, "__call__", lambda self, part: (part, 8.0))
     given = "--fleets 2xh100-llama3-8b --workloads poisson --rates 0.5,1.0 --arms predicted_latency,round_robin,baseline --seeds 2 --jobs 1"
@@ -240,6 +240,15 @@ def test_all_arms_of_a_cell_have_the_same_arrivals_and_their_own_names(small: li
     assert len({one["requests"] for one in rows}) == 1
     assert [one["scheduling_policy"] for one in rows] == ["adaptive", "adaptive", "fifo", "adaptive", "adaptive"]
     assert file.capacity_rps == 8.0
+
+
+def test_kv_events_are_for_workloads_that_share_beginnings() -> None:
+    matrix = compare_all.matrix_of(compare_all.parser().parse_args(["--kv-events", "adaptive,rival:dynamo"]))
+    for part in matrix.parts:
+        names = [arm.router_name for arm in matrix.arms(part)]
+        events = [name for name in names if "KV events" in name]
+        assert events == (["adaptive, KV events", "rival:dynamo, KV events"] if compare_all.WORKLOADS[part.workload].shares else [])
+        assert len(names) == len(set(names))
 
 
 def test_results_of_other_sources_are_not_gone_on_with(
