@@ -23,10 +23,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from comparison_page import PartRows, write_page
+from comparison_page import PartRows, marked, write_page
 from verdicts import Names, best_arms, cells_of
 
-from control_plane.errors import ControlPlaneError
+from control_plane.errors import ControlPlaneError, InvalidRequest
 from control_plane.simulator.capacity import capacity_rps
 from control_plane.simulator.compare import Comparison, Plan, base_of, prepare, run_all
 from control_plane.simulator.resume import ResultFile
@@ -62,7 +62,7 @@ WORKLOADS = {
 #: beside the repository's root; with the steps that vLLM takes on these by itself
 _A100, _L40S = (f"benchmarks/data/profiles/{name}-llama3.1-70b.yaml" for name in ("a100x4", "l40sx8"))
 EQUAL = f"8x{_A100}"
-MIXED = f"2xh100x4-llama3.1-70b,3x{_A100},3x{_L40S}"
+MIXED = f"1xh100x4-llama3.1-70b,3x{_A100},4x{_L40S}"
 #: EQUAL eight times, and so is its capacity taken to be
 LARGE = f"64x{_A100}"
 LARGE_FACTOR = 8.0
@@ -265,9 +265,14 @@ class Run:
 
 
 def results_of(matrix: Matrix, folder: Path) -> dict[Part, RowsFile]:
-    """What is there of each part that has been begun, whatever sources it is of."""
-    files = {part: file_of(folder, matrix, part) for part in matrix.parts}
-    return {part: file for part, file in files.items() if file.results}
+    """What is there of each part that has been begun, whatever sources it is of; nothing of one that was begun as another comparison."""
+    found: dict[Part, RowsFile] = {}
+    for part in matrix.parts:
+        with contextlib.suppress(InvalidRequest):
+            file = file_of(folder, matrix, part)
+            if file.results:
+                found[part] = file
+    return found
 
 
 # ---- the command
@@ -336,19 +341,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line, flush=True)
 
     stopped = ""
-    if not options.report:
-        run = Run(matrix, options.out, options.jobs, "" if options.despite_changes else sources_digest(), told)
-        try:
+    try:
+        marked(options.page)
+        if not options.report:
             with contextlib.chdir(ROOT):  # profiles in files are named from there
-                run.all()
-        except KeyboardInterrupt:
-            stopped = f"stopped; the same command goes on with what is kept in {options.out}"
-        except ControlPlaneError as error:
-            stopped = str(error)
-    results = results_of(matrix, options.out)
-    if results:
-        written = write_page(options.page, names_of(matrix), [part_rows(part, file) for part, file in results.items()])
-        told(f"wrote {', '.join(str(path) for path in written)}")
+                Run(matrix, options.out, options.jobs, "" if options.despite_changes else sources_digest(), told).all()
+    except KeyboardInterrupt:
+        stopped = f"stopped; the same command goes on with what is kept in {options.out}"
+    except ControlPlaneError as error:
+        stopped = str(error)
+    except ValueError as error:  # nowhere to write to: then there is no use in an hour of work
+        print(error, file=sys.stderr)
+        return 1
+    parts = [part_rows(part, file) for part, file in results_of(matrix, options.out).items()]
+    if parts:
+        written = write_page(options.page, names_of(matrix), parts)
+        told(f"wrote {', '.join(map(str, written))}{'' if len(written) > 1 else '; no plots: matplotlib is not installed'}")
     elif not stopped:
         stopped = f"there are no results in {options.out}"
     if stopped:

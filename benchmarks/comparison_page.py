@@ -55,19 +55,27 @@ class PartRows:
     rows: list[Row]
 
 
-def write_page(page: Path, names: Names, parts: Sequence[PartRows]) -> list[Path]:
-    """The page with new results between its marks, and its plots in ``images`` beside it. Returns the files written.
+def marked(page: Path) -> tuple[str, str]:
+    """What stands before the results of a page and after them; of one that is not there yet, a beginning.
 
-    A page that is not there yet is made; one without marks is refused with ValueError.
+    Raises ValueError for a page without marks.
     """
     text = page.read_text(encoding="utf-8") if page.exists() else f"# Comparison\n\n{BEGIN}\n{END}\n"
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"{page} lacks the lines {BEGIN!r} and {END!r}, between which results are written")
-    cells = cells_of(row for part in parts for row in part.rows)
-    plots = _plots(page, names, cells)
+    return before, after
+
+
+def write_page(page: Path, names: Names, parts: Sequence[PartRows]) -> list[Path]:
+    """The page with new results between its marks, and its plots in ``images`` beside it. Returns the files written.
+
+    Raises what :func:`marked` raises.
+    """
+    before, after = marked(page)
     page.parent.mkdir(parents=True, exist_ok=True)
+    plots = _plots(page, names, cells_of(row for part in parts for row in part.rows))
     page.write_text(f"{before}{BEGIN}\n\n{results_text(names, parts, plots)}\n{END}{after}", encoding="utf-8")
     return [page, *plots.values()]
 

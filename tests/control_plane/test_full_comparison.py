@@ -278,5 +278,26 @@ def test_the_large_fleet_gets_the_best_arms_of_the_small_ones(small: list[str], 
     assert "predicted_latency" in arms
 
 
+def test_a_page_that_cannot_be_written_is_told_of_before_anything_runs(
+    small: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = stop_after(99, monkeypatch)
+    (tmp_path / "page.md").write_text("# Another page\n")
+    assert compare_all.main(small) == 1
+    assert "lacks the lines" in capsys.readouterr().err
+    assert kept == []
+
+
+def test_a_folder_of_another_comparison_is_refused_and_left_alone(
+    small: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [*small, "--seeds", "1", "--rates", "0.5"]
+    assert compare_all.main(given) == 0
+    page = (tmp_path / "page.md").read_text()
+    assert compare_all.main([*given, "--half", "1"]) == 1
+    assert "was begun with half 2, and this is 1" in capsys.readouterr().err
+    assert (tmp_path / "page.md").read_text() == page
+
+
 def test_sources_are_told_apart_by_their_content() -> None:
     assert compare_all.sources_digest() == compare_all.sources_digest() != ""
