@@ -353,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:  # nowhere to write to: then there is no use in an hour of work
         print(error, file=sys.stderr)
         return 1
-    parts = [part_rows(part, file) for part, file in results_of(matrix, options.out).items()]
+    parts = [part_rows(matrix, part, file) for part, file in results_of(matrix, options.out).items()]
     if parts:
         written = write_page(options.page, names_of(matrix), parts)
         told(f"wrote {', '.join(map(str, written))}{'' if len(written) > 1 else '; no plots: matplotlib is not installed'}")
@@ -369,9 +369,12 @@ def names_of(matrix: Matrix) -> Names:
     return Names(matrix.default, with_events(matrix.default), clairvoyants, matrix.policy, matrix.capacity_router, matrix.half, FLEET_NAMES)
 
 
-def part_rows(part: Part, file: RowsFile) -> PartRows:
+def part_rows(matrix: Matrix, part: Part, file: RowsFile) -> PartRows:
+    """The rows in the order of the matrix's arms, whoever was done first."""
     kind = WORKLOADS[part.workload]
-    return PartRows(part.workload, kind.trace, kind.slo, part.fleet, file.capacity_rps, file.duration_s, file.rows())
+    order = {arm.router_name: place for place, arm in enumerate(matrix.arms(part))}
+    rows = sorted(file.rows(), key=lambda row: order.get(row["routing_strategy"], len(order)))
+    return PartRows(part.workload, kind.trace, kind.slo, part.fleet, file.capacity_rps, file.duration_s, rows)
 
 
 if __name__ == "__main__":

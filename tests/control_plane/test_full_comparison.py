@@ -242,6 +242,15 @@ def test_all_arms_of_a_cell_have_the_same_arrivals_and_their_own_names(small: li
     assert file.capacity_rps == 8.0
 
 
+def test_a_page_has_the_arms_in_their_order_whoever_was_done_first(small: list[str], tmp_path: Path) -> None:
+    assert compare_all.main([*small, "--seeds", "1", "--rates", "1.0", "--arms", "baseline"]) == 0
+    assert compare_all.main([*small, "--seeds", "1", "--rates", "1.0"]) == 0
+    lines = (tmp_path / "page.md").read_text().splitlines()
+    table = lines[lines.index("#### poisson") :]
+    arms = [line.split(" | ")[0].removeprefix("| ") for line in table if line.startswith("| ")][1:]
+    assert arms == ["predicted_latency", "round_robin", "baseline", "predicted_latency, KV events", "clairvoyant load_balanced"]
+
+
 def test_kv_events_are_for_workloads_that_share_beginnings() -> None:
     matrix = compare_all.matrix_of(compare_all.parser().parse_args(["--kv-events", "adaptive,rival:dynamo"]))
     for part in matrix.parts:
