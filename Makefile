@@ -9,6 +9,7 @@
 #   make fuzz        any bytes against the server, the client's side and the reading of bodies, FUZZ_SECONDS each (300)
 #   make bench       what relaying costs, beside a bare relay, nginx and vllm-router (installs the last into an environment of its own)
 #   make peers       routers over the same simulated fleet, over HTTP: ours, vllm-router, sglang-router, nginx; an hour on two cores that do nothing else
+#   make compare-all  every router of ours and the rules of others, simulated on the same arrivals, into docs/COMPARISON.md; an hour on two cores, goes on where it was
 #   make calibration   calibrates a real vLLM (CPU) and replays work on it and on its model; half an hour on two cores that do nothing else
 #   make check       ruff, mypy and the layers contract
 #   make wheel       builds the wheel, installs it into an environment of its own and tries it
@@ -21,7 +22,7 @@ BIN := $(abspath $(VENV))/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-pure compile test-real browser test-browser fuzz bench peers calibration check wheel clean
+.PHONY: help demo test test-pure compile test-real browser test-browser fuzz bench peers compare-all calibration check wheel clean
 
 help:
 	@sed -n '3,$$ { /^#   /!q; s/^#   //p }' $(firstword $(MAKEFILE_LIST))
@@ -121,6 +122,12 @@ peers: $(VENV)/.installed-dev $(BENCH_VENV)/.made $(SGLANG_VENV)/.made
 	  --slo "interactive=ttft:3000,tpot:120,share:0.8;batch=ttft:30000,tpot:300,share:0.2,priority:low" \
 	  --peers nginx:least_conn,vllm-router:round_robin,vllm-router:power_of_two,vllm-router:cache_aware,sglang-router:power_of_two,sglang-router:cache_aware \
 	  --resume build/bench/peers-azure.jsonl --json build/bench/peers-azure.json $(PEERS_ARGS)
+
+# Interrupted, the same command goes on. COMPARE_ARGS: `--help` of the script tells.
+compare-all: $(VENV)/.installed-test
+	@$(COMPILE_CHANGED)
+	@$(BIN)/python -c "import matplotlib" 2>/dev/null || $(PIP) install -e '.[bench]'
+	$(BIN)/python benchmarks/compare_all.py $(COMPARE_ARGS)
 
 calibration: $(VENV)/.installed-test
 	@$(COMPILE_CHANGED)

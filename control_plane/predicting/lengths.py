@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Final
 
+from mypy_extensions import mypyc_attr
+
 from control_plane.predicting.sketch import LogSketch
 
 OUTPUT_TOKENS_PRIOR: Final = 200.0
@@ -51,8 +53,12 @@ class LengthClass:
             self.p90 = sketch.quantile(min(1.0, 0.9 * (1.0 + 1.0 / sketch.count)))
 
 
+@mypyc_attr(allow_interpreted_subclasses=True)
 class Lengths:
-    """All classes. A class is a model, a tenant, a size of prompt and a size of ``max_tokens`` (powers of two), or less of that."""
+    """All classes. A class is a model, a tenant, a size of prompt and a size of ``max_tokens`` (powers of two), or less of that.
+
+    A simulation puts one of its own here that knows them.
+    """
 
     __slots__ = ("_all", "_classes")
 

@@ -38,15 +38,24 @@ LEAST_RPS: Final = 1e-3
 KEPT_MOST: Final = 200
 
 
+#: the policy and router under which a fleet keeps up or does not, where nobody says otherwise
+DEFAULT_ARM: Final = Arm()
+
+
 def capacity_rps(
-    scenario: Scenario, *, told: Callable[[str], None] = lambda _: None, kept: Path | None = None, probe_s: float = PROBE_S
+    scenario: Scenario,
+    *,
+    told: Callable[[str], None] = lambda _: None,
+    kept: Path | None = None,
+    probe_s: float = PROBE_S,
+    arm: Arm = DEFAULT_ARM,
 ) -> float:
-    """Highest rate, in requests a second, that the fleet keeps up with under the default policy and router.
+    """Highest rate, in requests a second, that the fleet keeps up with under ``arm``.
 
     A rate is kept up with when at least 97 % of as many requests end in the window as come in it. ``kept``: a file of capacities found
     before. Raises InvalidRequest when no rate is kept up with.
     """
-    key = _key(scenario, probe_s)
+    key = _key(scenario, probe_s, arm)
     known = _load(kept).get(key)
     if known is not None:
         told(f"capacity {known:.3g} requests/s, found before ({kept})")
@@ -54,7 +63,7 @@ def capacity_rps(
     low = high = 0.0
     rate = _guess_rps(scenario.fleet, scenario.workload)
     for _ in range(_MOST_PROBES):
-        done = _keeps_up(scenario, rate, probe_s)
+        done = _keeps_up(scenario, rate, probe_s, arm)
         told(f"capacity: {rate:.4g} requests/s are {'kept up with' if done else 'too many'}")
         if done:
             low = rate
@@ -76,11 +85,11 @@ def default_store() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "control-plane" / "capacity.json"
 
 
-def _keeps_up(scenario: Scenario, rate_rps: float, probe_s: float) -> bool:
+def _keeps_up(scenario: Scenario, rate_rps: float, probe_s: float, arm: Arm) -> bool:
     probe_s = min(max(probe_s, LEAST_REQUESTS / rate_rps), LONGEST_PROBE_S)
     length_s = PROBE_WARMUP_S + probe_s
     workload = at_rate_in((PROBE_WARMUP_S, length_s), scenario.workload, rate_rps, length_s, f"capacity {scenario.seed}")
-    result = simulate(replace(scenario, workload=workload, warmup_s=PROBE_WARMUP_S, duration_s=probe_s), Arm())
+    result = simulate(replace(scenario, workload=workload, warmup_s=PROBE_WARMUP_S, duration_s=probe_s), arm)
     out = result.outcomes
     begin_s, end_s = result.window_s
     came = sum(1 for _ in result.judged())
@@ -101,8 +110,8 @@ def _work_s(profile: EngineProfile, prompt: float, output: float) -> float:
     return prefill_s(profile, int(prompt) + 1) + output * decode_step_s(profile, _GUESS_BATCH, context) / _GUESS_BATCH
 
 
-def _key(scenario: Scenario, probe_s: float) -> str:
-    return hashlib.blake2b(f"{VERSION} {probe_s!r} {scenario.digest()}".encode(), digest_size=12).hexdigest()
+def _key(scenario: Scenario, probe_s: float, arm: Arm) -> str:
+    return hashlib.blake2b(f"{VERSION} {probe_s!r} {arm.label} {scenario.digest()}".encode(), digest_size=12).hexdigest()
 
 
 def _load(store: Path | None) -> dict[str, float]:

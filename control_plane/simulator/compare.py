@@ -15,8 +15,9 @@ from control_plane.simulator.capacity import capacity_rps
 from control_plane.simulator.fleet_spec import FleetSpec, parse_fleet
 from control_plane.simulator.generators import workload_of
 from control_plane.simulator.loop import Deadlock
+from control_plane.simulator.lru_bound import lru_hit_rate
 from control_plane.simulator.outcome import RunResult
-from control_plane.simulator.resample import at_rate, at_rate_in
+from control_plane.simulator.resample import at_rate, at_rate_in, piece
 from control_plane.simulator.resume import ResultFile
 from control_plane.simulator.rows import Curves, Row, curves_of, row_of
 from control_plane.simulator.run import simulate
@@ -42,7 +43,9 @@ class Comparison:
         rates: shares of the fleet's capacity (``"0.8"``), or requests a second (``"20rps"``).
         seeds: how many; they are 0, 1, 2, ...
         duration_s: virtual seconds that are judged; 0: the least (300, or ten times the p90 end-to-end time if that is more).
-        capacity_rps: 0: found by bisection.
+        capacity_rps: 0: found by bisection, under ``capacity_arm`` (policy and router).
+        more_arms: beside every pair of policy and router.
+        half: 1 or 2: only that half of the trace's time; 0: all of it.
     """
 
     trace: str
@@ -60,9 +63,12 @@ class Comparison:
     delay_ms: float = 1.0
     jitter: float = 0.02
     capacity_rps: float = 0.0
+    capacity_arm: tuple[str, str] = ("adaptive", "load_balanced")
+    more_arms: tuple[Arm, ...] = ()
+    half: int = 0
 
     def arms(self) -> list[Arm]:
-        return [Arm(policy, router) for policy in self.scheduling_policies for router in self.routing_strategies]
+        return [*(Arm(policy, router) for policy in self.scheduling_policies for router in self.routing_strategies), *self.more_arms]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +82,7 @@ class Job:
 
     @property
     def key(self) -> str:
-        return json.dumps([self.arm.scheduling_policy, self.arm.routing_strategy, self.rate, self.seed])
+        return json.dumps([self.arm.policy_name, self.arm.router_name, self.rate, self.seed])
 
 
 @dataclass(slots=True)
@@ -116,7 +122,7 @@ def prepare(
         raise InvalidRequest(
             f"duration_s {comparison.duration_s:g} is below {LEAST_S:g}: shorter runs are mostly their beginning", param="duration_s"
         )
-    base, left_out = _base(comparison)
+    base, left_out = base_of(comparison)
     begun = results is not None and results.begun
     capacity = results.capacity_rps if results is not None and begun else comparison.capacity_rps
     rates = [_rate(text) for text in comparison.rates]
@@ -128,7 +134,7 @@ def prepare(
             f"{results.path} was begun when the trace or a profile of the fleet was another; give another file to --resume", param="resume"
         )
     if any(share for _, share in rates) and not capacity:
-        capacity = capacity_rps(base, told=told, kept=kept)
+        capacity = capacity_rps(base, told=told, kept=kept, arm=Arm(*comparison.capacity_arm))
     in_rps = [value * capacity if share else value for value, share in rates]
     duration_s = results.duration_s if results is not None and begun else comparison.duration_s
     if not duration_s:
@@ -201,8 +207,8 @@ def document_of(plan: Plan, results: Sequence[tuple[Job, Row, Curves]], command:
         "summary": summarise(rows),
         "curves": [
             {
-                "scheduling_policy": job.arm.scheduling_policy,
-                "routing_strategy": job.arm.routing_strategy,
+                "scheduling_policy": job.arm.policy_name,
+                "routing_strategy": job.arm.router_name,
                 "rate": as_told(job.rate),
                 "seed": job.seed,
                 "curves": curves,
@@ -216,9 +222,16 @@ def document_of(plan: Plan, results: Sequence[tuple[Job, Row, Curves]], command:
 # ---- one run
 
 
-def _base(comparison: Comparison) -> tuple[Scenario, int]:
+def base_of(comparison: Comparison) -> tuple[Scenario, int]:
+    """The fleet under the trace as it is, less the requests that no engine of it can hold, and how many these are.
+
+    Raises InvalidRequest, naming the option.
+    """
     fleet = parse_fleet(comparison.fleet)
     workload = workload_of(comparison.trace, seed=0)
+    if comparison.half:
+        half_s = workload.duration_s / 2.0
+        workload = piece(workload, (comparison.half - 1) * half_s, half_s)
     fitting = [one for one in workload.requests if one.prompt_tokens + one.output_tokens <= fleet.context_tokens]
     if not fitting:
         raise InvalidRequest(
@@ -258,21 +271,24 @@ class Runner:
         base = _scenario(comparison, workload, parse_fleet(comparison.fleet), 0)
         self._base = replace(base, warmup_s=comparison.warmup_s, duration_s=duration_s)
         self._length_s = comparison.warmup_s + duration_s + tail_s
-        self._drawn: tuple[tuple[float, int], Workload] | None = None
+        #: the arrivals of a rate and seed, and what one LRU cache finds of them
+        self._drawn: tuple[tuple[float, int], Workload, float] | None = None
 
     def __call__(self, job: Job) -> tuple[Job, Row, Curves]:
         """Raises ControlPlaneError for a run that cannot go on."""
-        scenario = replace(self._base, workload=self._arrivals(job.rate_rps, job.seed), seed=job.seed)
-        result = _simulated(scenario, job.arm, f"at rate {job.rate}, seed {job.seed}")
-        return job, row_of(result, as_told(job.rate)), curves_of(result)
+        arrivals, lru_hit_rate = self._arrivals(job.rate_rps, job.seed)
+        result = _simulated(replace(self._base, workload=arrivals, seed=job.seed), job.arm, f"at rate {job.rate}, seed {job.seed}")
+        row = row_of(result, as_told(job.rate))
+        row["lru_hit_rate"] = lru_hit_rate
+        return job, row, curves_of(result)
 
-    def _arrivals(self, rate_rps: float, seed: int) -> Workload:
+    def _arrivals(self, rate_rps: float, seed: int) -> tuple[Workload, float]:
         """The same for every arm: drawn from the rate and the seed alone."""
         if self._drawn is None or self._drawn[0] != (rate_rps, seed):
             window_s = self._base.warmup_s, self._base.end_s
             drawn = at_rate_in(window_s, self._base.workload, rate_rps, self._length_s, f"arrivals {seed} {rate_rps!r}")
-            self._drawn = (rate_rps, seed), drawn
-        return self._drawn[1]
+            self._drawn = (rate_rps, seed), drawn, lru_hit_rate(self._base.fleet, drawn, window_s)
+        return self._drawn[1:]
 
 
 def _long_enough(base: Scenario, rates_rps: Sequence[float], duration_s: float, told: Callable[[str], None]) -> float:

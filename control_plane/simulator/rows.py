@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from control_plane.simulator.outcome import BEGIN_S, COMPLETED, FAILED, REJECTED, RunResult
 
@@ -27,7 +27,8 @@ class Row(TypedDict):
     arrived in the window; ``rejected`` were refused (429, 503),
     ``failed`` broke otherwise. ``goodput_rps``: those that met all targets of their class; ``slo_attainment``: their share of all.
     ``fairness_jain``: Jain's index (1984) over tenants of the share of each one's requests that met their targets; 1.0 with one tenant.
-    ``cost_usd``: list price of the whole fleet for the window. ``wall_s``: what the run took.
+    ``cost_usd``: list price of the whole fleet for the window. ``wall_s``: what the run took. ``lru_hit_rate``: what one LRU cache of the
+    fleet's total size finds of the same arrivals (:mod:`~control_plane.simulator.lru_bound`); in the rows of a comparison.
     """
 
     trace: str
@@ -49,6 +50,7 @@ class Row(TypedDict):
     tpot_ms: Quantiles
     e2e_ms: Quantiles
     prefix_hit_rate: float
+    lru_hit_rate: NotRequired[float]
     output_tokens_per_s: float
     cost_usd: float
     fairness_jain: float

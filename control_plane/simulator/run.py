@@ -18,6 +18,7 @@ from control_plane.manager import ControlPlaneManager
 from control_plane.protocols import Call, EngineOutcome, Headers, WireRequest
 from control_plane.roofline import EngineProfile
 from control_plane.simulator.engine import VirtualEngine, engine_block_ids
+from control_plane.simulator.known_lengths import know_lengths
 from control_plane.simulator.ledger import EventLedger
 from control_plane.simulator.loop import Deadlock, VirtualClock, VirtualLoop
 from control_plane.simulator.outcome import BEGIN_S, COMPLETED, FAILED, LIVE, REJECTED, Outcomes, RunResult, Sample
@@ -85,6 +86,7 @@ class Simulation:
     def __init__(self, scenario: Scenario, arm: Arm, *, events: IO[str] | None = None) -> None:
         self.scenario = scenario
         self.arm = arm
+        self._kv_events = scenario.kv_events or arm.kv_events
         self.loop = VirtualLoop()
         self.ledger = EventLedger(events)
         self.requests = scenario.workload.requests
@@ -123,6 +125,8 @@ class Simulation:
             engine_factory=self._make_engine,
             **options,
         )
+        if self.arm.known_lengths:
+            know_lengths(manager.predictor)
         for instance, profile in self.scenario.fleet.instances():
             self._profiles[instance.instance_id] = profile
             instance.priority_scheduling = self.scenario.engine_scheduling == "priority"
@@ -145,7 +149,7 @@ class Simulation:
             delay_s=scenario.delay_s,
             jitter=scenario.jitter,
             rng=Random(self._rng.getrandbits(64)),
-            index_of=(lambda: self.manager.prefixes) if scenario.kv_events else None,
+            index_of=(lambda: self.manager.prefixes) if self._kv_events else None,
         )
         self.engines.append(engine)
         return engine
@@ -220,12 +224,12 @@ class Simulation:
         block_tokens = self.scenario.workload.block_tokens
         text = prompt_head(trace, MAX_COVERED_BYTES, block_tokens, BYTES_PER_TOKEN, row)
         chain = chain_of(memoryview(text), self._seed)
-        if self.scenario.kv_events:
+        if self._kv_events:
             self._learn_blocks(trace, chain)
         request = RequestMetadata(
             request_id=str(row),
             model_name=self._model,
-            max_tokens=None,
+            max_tokens=max(1, trace.output_tokens) if self.arm.known_lengths else None,
             priority=slo.priority if trace.priority == "normal" else RequestPriority.parse(trace.priority),
             slo_deadline_ms=slo.e2e_ms,
             ttft_slo_ms=slo.ttft_ms,
@@ -349,8 +353,8 @@ class Simulation:
         scenario, before, after = self.scenario, self._before, self._after
         last_s = max(self.outcomes.end_s)
         return RunResult(
-            scheduling_policy=_label(self.arm.scheduling_policy),
-            routing_strategy=_label(self.arm.routing_strategy),
+            scheduling_policy=self.arm.policy_name,
+            routing_strategy=self.arm.router_name,
             fleet=scenario.fleet.text,
             trace=scenario.workload.name,
             seed=scenario.seed,
@@ -386,7 +390,3 @@ def next_turns(requests: list[TraceRequest]) -> Mapping[int, int]:
             found[before] = row
         last_of[request.session_id] = row
     return found
-
-
-def _label(given: object) -> str:
-    return given if isinstance(given, str) else str(getattr(given, "name", type(given).__name__))

@@ -19,15 +19,29 @@ class Arm:
 
     Attributes:
         options: further arguments of ControlPlaneManager.
+        known_lengths: it is told how long each answer will be (:mod:`~control_plane.simulator.known_lengths`).
+        kv_events: engines tell it which blocks they hold, whatever the scenario says.
+        named: what rows call its router; "": by the router's own name.
     """
 
     scheduling_policy: Any = "adaptive"
     routing_strategy: Any = "adaptive"
     options: Mapping[str, Any] = field(default_factory=dict)
+    known_lengths: bool = False
+    kv_events: bool = False
+    named: str = ""
+
+    @property
+    def policy_name(self) -> str:
+        return _name(self.scheduling_policy)
+
+    @property
+    def router_name(self) -> str:
+        return self.named or _name(self.routing_strategy)
 
     @property
     def label(self) -> str:
-        return f"{_name(self.scheduling_policy)}+{_name(self.routing_strategy)}"
+        return f"{self.policy_name}+{self.router_name}"
 
 
 @dataclass(frozen=True, slots=True)

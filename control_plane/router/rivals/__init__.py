@@ -12,7 +12,7 @@ from random import Random
 
 from control_plane.router.base import RoutingStrategy
 from control_plane.router.rivals.cache_aware import CacheAware
-from control_plane.router.rivals.dynamo import DynamoCost
+from control_plane.router.rivals.dynamo import DynamoCost, DynamoSoftmax
 from control_plane.router.rivals.least_requests import LeastRequests
 from control_plane.router.rivals.lmetric import LMetric
 from control_plane.router.rivals.preble import PrebleE2
@@ -26,6 +26,7 @@ RIVALS: dict[str, Callable[[Random], RoutingStrategy]] = {
     "sticky": lambda rng: StickyUntilSaturated(),
     "weighted": WeightedScorers,
     "dynamo": DynamoCost,
+    "dynamo_softmax": DynamoSoftmax,
     "preble": lambda rng: PrebleE2(),
     "cache_aware": lambda rng: CacheAware(),
 }

@@ -14,6 +14,8 @@ from control_plane.types import ExecutionInstance, RequestMetadata
 
 #: tokens of a block where the engine does not tell
 BLOCK_TOKENS = 16
+#: of :class:`DynamoSoftmax`; the choice is ours
+TEMPERATURE = 0.5
 
 
 class DynamoCost(RoutingStrategy):
@@ -64,3 +66,12 @@ class DynamoCost(RoutingStrategy):
             if left < 0.0:
                 return at
         return len(costs) - 1
+
+
+class DynamoSoftmax(DynamoCost):
+    """The same cost, the instance drawn by softmax: their way of keeping several routers from choosing alike."""
+
+    name = "rival:dynamo_softmax"
+
+    def __init__(self, rng: Random | None = None) -> None:
+        super().__init__(rng, TEMPERATURE)

@@ -14,12 +14,12 @@ from control_plane.errors import ControlPlaneError, InvalidRequest
 from control_plane.simulator import capacity as capacities
 from control_plane.simulator import compare as comparing
 from control_plane.simulator.capacity import capacity_rps
-from control_plane.simulator.compare import Comparison, document_of, prepare, run_all
+from control_plane.simulator.compare import Comparison, base_of, document_of, prepare, run_all
 from control_plane.simulator.fleet_spec import parse_fleet
 from control_plane.simulator.generators import workload_of
 from control_plane.simulator.resume import ResultFile
 from control_plane.simulator.rows import Row
-from control_plane.simulator.scenario import Scenario
+from control_plane.simulator.scenario import Arm, Scenario
 from control_plane.simulator.slo import parse_slo
 from control_plane.simulator.stats import METRICS, interval, is_clear, summarise
 from control_plane.simulator.workload import TraceRequest, Workload
@@ -77,6 +77,40 @@ def test_a_rate_without_a_unit_is_a_share_of_the_capacity() -> None:
     rows = compared(small(rates=("0.5",), seeds=1, capacity_rps=40.0))["runs"]
     assert [row["rate"] for row in rows] == [0.5, 0.5]
     assert rows[0]["rate_rps"] == pytest.approx(20.0, rel=0.2)
+
+
+def test_halves_of_a_trace_are_all_of_it() -> None:
+    whole, first, second = (base_of(small(half=half))[0].workload for half in (0, 1, 2))
+    lengths = [(request.prompt_tokens, request.output_tokens) for request in whole.requests]
+    assert [(one.prompt_tokens, one.output_tokens) for half in (first, second) for one in half.requests] == lengths
+    assert 0 < len(first.requests) < len(whole.requests)
+    assert second.requests[0].arrival_s < first.requests[-1].arrival_s
+
+
+def test_arms_of_ones_own_stand_beside_the_pairs_under_their_names() -> None:
+    mine = Arm("fifo", "random", {"dispatch_window": 1}, named="mine")
+    rows = compared(small(rates=("6rps",), seeds=1, more_arms=(mine,)))["runs"]
+    assert [row["routing_strategy"] for row in rows] == ["load_balanced", "random", "mine"]
+    assert len({row["requests"] for row in rows}) == 1
+
+
+def test_the_capacity_is_that_of_the_arm_named_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def found(base: Scenario, *, arm: Arm, **others: Any) -> float:
+        asked.append(arm.label)
+        return 6.0
+
+    monkeypatch.setattr(comparing, "capacity_rps", found)
+    prepare(small(rates=("0.5",), seeds=1, capacity_arm=("fifo", "random")))
+    assert asked == ["fifo+random"]
+
+
+def test_rows_of_shared_beginnings_tell_what_one_cache_would_find() -> None:
+    rows = compared(small(trace="sessions:rate_rps=2,duration_s=120", rates=("4rps",), seeds=2))["runs"]
+    assert all(0.3 < row["lru_hit_rate"] < 1.0 for row in rows)
+    assert [row["lru_hit_rate"] for row in rows[::2]] == [row["lru_hit_rate"] for row in rows[1::2]]
+    assert rows[0]["lru_hit_rate"] != rows[2]["lru_hit_rate"]
 
 
 def test_the_same_comparison_gives_the_same_digests_in_one_process_and_in_two() -> None:
