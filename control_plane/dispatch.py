@@ -206,9 +206,9 @@ class Dispatcher:
         for given in found.jobs:
             self._pull_back(given)
         self._place(job, [found.instance], waits=False)
+        if self._finds_ahead:
+            in_the_way(found.instance, self.fleet.predictor.prefill_ms(found.instance, LEAST_TOKENS))
         if found.jobs:
-            if self._finds_ahead:
-                in_the_way(found.instance, self.fleet.predictor.prefill_ms(found.instance, LEAST_TOKENS))
             self.room(found.instance)
 
     def room_soon(self) -> None:

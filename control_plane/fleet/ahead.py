@@ -71,7 +71,8 @@ def learn(instance: LiveState, sent_s: float, now_s: float, least_ms: float) -> 
 
 
 def in_the_way(instance: LiveState, least_ms: float) -> None:
-    """What was sent ahead had to be taken back for a more urgent request: less is sent from now on, while such ones come."""
+    """What was sent ahead had to be taken back for a more urgent request, or stayed in its way: less is sent from now on, while such ones
+    come."""
     limit_ms: float = instance.dispatch_ahead_ms
     instance.dispatch_ahead_ms = max(min(least_ms * WAY, limit_ms), limit_ms * YIELD)
 
