@@ -63,7 +63,7 @@ async def test_of_a_prompt_that_returns_each_block_is_known(listening: ControlPl
     assert await agrees(listening, telling, story) == 0
     assert listening.prefixes.block_tokens(listening.get_instances()[0]) == BLOCK
     for blocks in range(9):
-        for tail in (1, 40, BLOCK - 1):
+        for tail in (1, BLOCK - 1):
             assert await agrees(listening, telling, story[: blocks * BLOCK] + some(rng, tail)) == blocks
         if blocks:  # its last token is to be computed, and with it its block
             assert await agrees(listening, telling, story[: blocks * BLOCK]) == blocks - 1
@@ -74,7 +74,7 @@ async def test_the_index_loses_the_blocks_that_the_engine_evicts(listening: Cont
     """The more is computed after a prompt, the fewer of its blocks are left, from its end to its beginning."""
     rng = Random(4)
     left: list[int] = []
-    for others in range(5, 11):
+    for others in (5, 8, 9, 10, 11, 12):
         story = some(rng, 12 * BLOCK + 1)
         await asyncio.to_thread(cached, telling, story)
         for _ in range(others):
@@ -89,7 +89,7 @@ async def test_the_index_agrees_with_cached_tokens_whatever_is_asked(listening: 
     rng = Random(1)
     shared = some(rng, 5 * BLOCK)
     prompts = [shared[: rng.choice((0, 1, 3, 5)) * BLOCK] + some(rng, rng.randrange(50, 900)) for _ in range(24)]
-    found = [await agrees(listening, telling, ids) for _ in range(3) for ids in rng.sample(prompts, len(prompts))]
+    found = [await agrees(listening, telling, ids) for _ in range(2) for ids in rng.sample(prompts, len(prompts))]
     assert len(set(found)) > 3
     report = listening.get_prefix_report()
     assert 0 < report.blocks < BLOCKS
