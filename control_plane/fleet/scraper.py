@@ -28,9 +28,8 @@ SERIES: Final[dict[str, tuple[bytes, ...]]] = {
 _CACHE: Final = (b"vllm:cache_config_info", b"sglang:max_total_num_tokens")
 #: when the server's process began; where it does not tell, when it made its counters
 _STARTED: Final = (b"process_start_time_seconds", b"vllm:prompt_tokens_created")
+_GAUGES: Final = ("running", "waiting", "kv_cache_usage")
 _SHARES: Final = frozenset(("kv_cache_usage",))
-#: smaller pages are not worth asking for parts of
-_WHOLE_BYTES: Final = 8192
 #: more ranks than a server has
 _MAX_CONFIGS: Final = 4096
 
@@ -75,65 +74,46 @@ class Scrape:
 
 
 class PageReader:
-    """Reads the pages of one server and remembers where, and under which names, its series stood: nearby they are looked for first.
+    """Reads the pages of one server and remembers where its series stood: nearby they are looked for first."""
 
-    The client library that engines write their pages with gives only the series named in the query where that is asked for
-    (``?name[]=``): 3 KB instead of 70, for both sides. Not every server does, so :attr:`path` asks for it only after a whole page
-    was seen, and no more once an answer lacked something.
-    """
-
-    __slots__ = ("_cache", "_names", "_narrow", "_places")
+    __slots__ = ("_cache", "_places")
 
     def __init__(self) -> None:
         self._places: dict[bytes, int] = {}
         #: what labels of the cache's series said: they stay the same while the server runs
         self._cache: dict[bytes, CacheConfig] = {}
-        self._names: list[bytes] = []
-        #: None: not known yet whether it answers with parts; False: it does not
-        self._narrow: bool | None = None
-
-    @property
-    def path(self) -> str:
-        """What to ask for next."""
-        if not self._narrow:
-            return "/metrics"
-        return "/metrics?" + "&".join("name%5B%5D=" + name.decode() for name in self._names)
 
     def read(self, page: bytes) -> Scrape:
         """Never raises: a page of anything else gives a Scrape with everything missing."""
-        names: list[bytes] = []
-        scrape, ranks, missing = Scrape(), dict[int, Scrape](), []
+        scrape, ranks, missing = Scrape(), dict[int, Scrape](), list[str]()
         for field_name, series in SERIES.items():
-            found = self._samples(page, series, names)
+            found = self._samples(page, series)
             if found:
                 _add(scrape, ranks, field_name, found)
             else:
-                missing.append(series[0].decode())
-        started = self._samples(page, _STARTED, names)
+                missing.append(field_name)
+        started = self._samples(page, _STARTED)
         if started:
             scrape.started_at = min(sample.value for sample in started)
-        cache = self._samples(page, _CACHE, names)
-        if not cache:
-            missing.append(_CACHE[0].decode())
+        elif scrape.prompt_tokens == 0:
+            _never_ran(scrape)
+            missing = [told for told in missing if told not in _GAUGES]
+        cache = self._samples(page, _CACHE)
         for sample in cache:
             told = self._cache_config(sample)
             _add_cache(scrape, told)
             if sample.rank is not None:
                 _add_cache(ranks.setdefault(sample.rank, Scrape()), told)
-        scrape.missing = tuple(missing)
+        scrape.missing = (*(SERIES[told][0].decode() for told in missing), *(() if cache else (_CACHE[0].decode(),)))
         if len(ranks) > 1:
             scrape.ranks = ranks
             for one in ranks.values():
                 one.missing = scrape.missing
-        self._learn(page, names)
+                if not started and one.prompt_tokens == 0:
+                    _never_ran(one)
+            usages = [one.kv_cache_usage for one in ranks.values() if one.kv_cache_usage is not None]
+            scrape.kv_cache_usage = sum(usages) / len(usages) if usages else scrape.kv_cache_usage
         return scrape
-
-    def lacks(self, page: bytes) -> bool:
-        """A part was asked for and this is not all of it: the whole page has to be read instead, now and from now on."""
-        if self._narrow and any(find(page, name) < 0 for name in self._names):
-            self._narrow = False
-            return True
-        return False
 
     def _cache_config(self, sample: Sample) -> CacheConfig:
         known = self._cache.get(sample.labels)
@@ -144,18 +124,12 @@ class PageReader:
             self._cache[sample.labels] = known
         return known
 
-    def _learn(self, page: bytes, names: list[bytes]) -> None:
-        if self._narrow is None and names:
-            self._names = list(dict.fromkeys(names))
-            self._narrow = len(page) > _WHOLE_BYTES
-
-    def _samples(self, page: bytes, series: tuple[bytes, ...], names: list[bytes]) -> list[Sample]:
+    def _samples(self, page: bytes, series: tuple[bytes, ...]) -> list[Sample]:
         """Of the first of these series that the page has."""
         for name in series:
             at = find(page, name, self._places.get(name, 0))
             if at >= 0 and (found := samples(page, name, at)):
                 self._places[name] = at
-                names.append(name)
                 return found
         return []
 
@@ -165,13 +139,19 @@ def parse_metrics(page: bytes) -> Scrape:
     return PageReader().read(page)
 
 
+def _never_ran(scrape: Scrape) -> None:
+    """Gauges that are not told are 0. A server of several processes (vLLM with ranks has one API process for each; its page tells no start
+    time) tells a gauge only once it was set, at the first step of that engine, but counters from the beginning."""
+    for told in _GAUGES:
+        if getattr(scrape, told) is None:
+            setattr(scrape, told, 0.0 if told in _SHARES else 0)
+
+
 def _add(scrape: Scrape, ranks: dict[int, Scrape], told: str, found: list[Sample]) -> None:
     if told in _SHARES:
         setattr(scrape, told, sum(sample.value for sample in found) / len(found))
     else:
         setattr(scrape, told, round(sum(sample.value for sample in found)))
-    if len(found) == 1:
-        return
     for sample in found:
         if sample.rank is not None:
             one = ranks.setdefault(sample.rank, Scrape())

@@ -58,9 +58,7 @@ class Scraping:
     async def _scrape(self, reader: PageReader, engine: Engine) -> Scrape | None:
         """None: it could not be asked, or is broken at the moment."""
         try:
-            status, page = await engine.get(reader.path, self._settings.scrape_timeout_s)
-            if status < 500 and reader.lacks(page if status == 200 else b""):
-                status, page = await engine.get(reader.path, self._settings.scrape_timeout_s)
+            status, page = await engine.get("/metrics", self._settings.scrape_timeout_s)
         except InstanceFailed:
             return None
         if status >= 500:

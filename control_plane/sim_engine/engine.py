@@ -291,9 +291,8 @@ class SimEngine:
         """Which rank a request runs on. Raises ApiError for one that is not there."""
         return self._balancer.choose(exchange.header(b"x-data-parallel-rank"))
 
-    def metrics_page(self, only: frozenset[str] = frozenset()) -> bytes:
-        """``only``: these series, as the Prometheus client gives them for ``?name[]=``; empty: all."""
-        return write_page([rank.metrics for rank in self.ranks], self.metrics_dialect, only)
+    def metrics_page(self) -> bytes:
+        return write_page([rank.metrics for rank in self.ranks], self.metrics_dialect)
 
     @property
     def open_requests(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import parse_qs
 
 from control_plane.sim_engine.checks import Check, Firm, Refused, boolean, checked, list_of, listing, natural, string
 from control_plane.sim_engine.fields import check, parse, unfit
@@ -44,8 +43,7 @@ def event_sources(engine: SimEngine, exchange: Exchange) -> None:
 
 
 def metrics(engine: SimEngine, exchange: Exchange) -> None:
-    only = frozenset(parse_qs(exchange.query.decode("latin-1")).get("name[]", ()))
-    exchange.respond(200, engine.headers(METRICS_TYPE), engine.metrics_page(only))
+    exchange.respond(200, engine.headers(METRICS_TYPE), engine.metrics_page())
 
 
 def models(engine: SimEngine, exchange: Exchange) -> None:

@@ -97,6 +97,10 @@ DIALECTS: Final[Mapping[str, Mapping[str, str]]] = {
         "vllm:": "",
     },
 }
+#: gauges that are set after each step
+_SET_BY_STEPS: Final = frozenset(
+    ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:num_requests_waiting_by_reason", "vllm:kv_cache_usage_perc")
+)
 _SUFFIXES: Final = ("_total", "_created", "_bucket", "_count", "_sum", "")
 
 
@@ -164,6 +168,11 @@ class EngineMetrics:
     def http(self, handler: str, method: str, status: int) -> None:
         key = (handler, method, f"{status // 100}xx")
         self._http[key] = self._http.get(key, 0) + 1
+
+    @property
+    def has_run(self) -> bool:
+        """Its first step is over."""
+        return any(self._histograms["iteration_tokens_total"].counts)
 
     # ------------------------------------------------------------------ the page
 
@@ -276,16 +285,23 @@ class EngineMetrics:
             yield f'http_requests_total{{handler="{handler}",method="{method}",status="{status}"}} {float(count)}'
 
 
-def write_page(ranks: Sequence[EngineMetrics], dialect: str, only: frozenset[str] = frozenset()) -> bytes:
-    """The page of a server with these ranks. ``only``: samples of these names; empty: all."""
+def write_page(ranks: Sequence[EngineMetrics], dialect: str) -> bytes:
+    """The page of a server with these ranks.
+
+    With several, vLLM has an API process for each, and the client library writes one page of what they all keep in files: without times of
+    creation, and without gauges that were never set.
+    """
     lines: list[str] = []
-    first, *others = [one.families() for one in ranks]
-    for at, family in enumerate(first):
-        rows = renamed([*family, *(line for other in others for line in other[at][2:])], DIALECTS[dialect])
-        if only:
-            samples = [line for line in rows[2:] if line.partition("{")[0] in only]
-            rows = [*rows[:2], *samples] if samples else []
-        lines += rows
+    several = len(ranks) > 1
+    for families in zip(*(one.families() for one in ranks), strict=True):
+        help_line, type_line = families[0][:2]
+        name = help_line.split()[2]
+        if several and name.endswith("_created"):
+            continue
+        unset = several and name in _SET_BY_STEPS
+        rows = [line for rank, family in zip(ranks, families, strict=True) if rank.has_run or not unset for line in family[2:]]
+        if rows or not unset:
+            lines += renamed([help_line, type_line, *rows], DIALECTS[dialect])
     return ("\n".join(lines) + "\n").encode()
 
 

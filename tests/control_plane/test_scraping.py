@@ -1,16 +1,15 @@
-"""What scrapes do to an instance: others' load, saturation, restarts, and pages that are asked for by name."""
+"""What scrapes do to an instance: others' load, saturation, restarts, and what a page leaves out."""
 
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import pytest
 
 from control_plane.clock import ManualClock
 from control_plane.errors import InstanceFailed
 from control_plane.fleet import Fleet, HealthSettings
-from control_plane.fleet.scraper import PageReader, parse_metrics
+from control_plane.fleet.scraper import parse_metrics
 from control_plane.fleet.series import find
 from control_plane.prediction import LatencyPredictor
 from control_plane.sim_engine import SimEngine
@@ -27,9 +26,8 @@ class Server:
         self.started_at: float | None = 1000.0
         self.gone = False
         self.broken = False
-        self.asked: list[str] = []
-        self.by_name = True
-        self.padding = b""
+        #: series that the page tells, of ranks that have run only
+        self.once_run: tuple[str, ...] = ()
 
     def tell(self, rank: int = 0, **figures: float) -> None:
         while len(self.ranks) <= rank:
@@ -46,23 +44,17 @@ class Server:
         }
         lines = [f"process_start_time_seconds {self.started_at}"] if self.started_at else []
         for key, name in names.items():
-            lines += [f'vllm:{name}{{engine="{rank}"}} {told.get(key, 0.0)}' for rank, told in enumerate(self.ranks)]
-        return "\n".join(lines).encode() + b"\n" + self.padding
+            ranks = [(rank, told) for rank, told in enumerate(self.ranks) if told.get("tokens") or key not in self.once_run]
+            lines += [f'vllm:{name}{{engine="{rank}"}} {told.get(key, 0.0)}' for rank, told in ranks]
+        return "\n".join(lines).encode() + b"\n"
 
     async def get(self, path: str, timeout_s: float) -> tuple[int, bytes]:
-        if path.startswith("/metrics"):
-            self.asked.append(path)
+        if path == "/metrics":
             if self.gone:
                 raise InstanceFailed("no answer", timed_out=True)
             if self.broken:
                 return 500, b"Internal Server Error"
-            wanted = parse_qs(urlsplit(path).query).get("name[]")
-            if wanted and not self.by_name:
-                return 200, b""
-            page = self.page()
-            if wanted:
-                page = b"".join(line + b"\n" for line in page.splitlines() if line.split(b"{")[0].split()[0].decode() in wanted)
-            return 200, page
+            return 200, self.page()
         if path == "/version":
             return 200, b'{"version":"0.32.0"}'
         if path == "/v1/models":
@@ -213,45 +205,52 @@ class TestRestarts:
         assert house.events.count("data_parallel_ranks") == 2
 
 
-class TestByName:
-    async def test_only_what_is_wanted_is_asked_for_once_it_is_known(self, house: House) -> None:
-        house.server.padding = b"# HELP other of no use here\n" * 400
-        await house.look(times=3, running=3)
-        assert house.server.asked[0] == "/metrics"
-        assert all("name%5B%5D=vllm:num_requests_running" in path for path in house.server.asked[1:])
-        assert house.instance.engine.running == 3
+class TestGaugesThatWereNeverSet:
+    """A server of several processes, as vLLM with ranks: no start time, and no gauge of an engine that has not run yet."""
 
-    async def test_a_server_that_gives_no_parts_is_asked_for_all(self, house: House) -> None:
-        house.server.padding = b"# HELP other of no use here\n" * 400
-        house.server.by_name = False
-        await house.look(times=4, running=3)
-        assert [len(path) > 8 for path in house.server.asked] == [False, True, False, False, False]
-        assert house.instance.engine.running == 3
+    @pytest.fixture(autouse=True)
+    def several_processes(self, house: House) -> None:
+        house.server.started_at = None
+        house.server.once_run = ("running", "waiting", "usage")
 
-    async def test_a_short_page_is_not_worth_it(self, house: House) -> None:
-        await house.look(times=3)
-        assert set(house.server.asked) == {"/metrics"}
+    async def test_ranks_that_have_not_run_are_targets_all_the_same(self, house: House) -> None:
+        house.server.tell(1)
+        await house.look(times=2)
+        assert [one.instance_id for one in house.fleet.instances()] == ["a@0", "a@1"]
+        assert all(one.engine.at_s for one in house.fleet.instances())
+
+    async def test_one_rank_alone_tells_its_own(self, house: House) -> None:
+        house.server.tell(1, tokens=10, running=3, waiting=1, usage=0.5)
+        await house.look(times=2)
+        told = [(one.engine.running, one.engine.waiting, one.engine.kv_cache_usage) for one in house.fleet.instances()]
+        assert told == [(0, 0, 0.0), (3, 1, 0.5)]
+        server = house.instance.engine
+        assert (server.running, server.waiting, server.kv_cache_usage) == (3, 1, 0.25)
+
+    async def test_an_engine_alone_is_idle_until_it_tells(self, house: House) -> None:
+        await house.look()
+        assert house.instance.engine.at_s
+        await house.look(tokens=10, running=3)
+        assert house.instance.engine.running == 3
+        assert "engine_metrics_missing" in house.events  # of its blocks
+        assert not any(name.endswith(("running", "waiting", "usage_perc")) for name in parse_metrics(house.server.page()).missing)
+
+
+def test_gauges_that_an_engine_with_work_behind_it_does_not_tell_are_missing() -> None:
+    scrape = parse_metrics(b'vllm:prompt_tokens_total{engine="0"} 7.0\n')
+    assert scrape.running is None
+    assert "vllm:num_requests_running" in scrape.missing
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_a_simulated_engines_page_is_read_by_any_name(dialect: str, ranks: int) -> None:
     engine = SimEngine(data_parallel_size=ranks, metrics_dialect=dialect)
-    whole = engine.metrics_page()
-    reader = PageReader()
-    scrape = reader.read(whole)
+    scrape = parse_metrics(engine.metrics_page())
     assert (scrape.running, scrape.waiting, scrape.kv_cache_usage, scrape.preemptions) == (0, 0, 0.0, 0)
     assert (scrape.prompt_tokens, scrape.generation_tokens, scrape.prefix_cache_hits) == (0, 0, 0)
     assert sorted(scrape.ranks) == (list(range(ranks)) if ranks > 1 else [])
     assert scrape.missing == (("vllm:cache_config_info",) if dialect == "sglang" else ())
-    if dialect == "sglang":  # its page is short
-        reader = PageReader()
-        reader.read(whole + b"# HELP other of no use here\n" * 400)
-    names = frozenset(parse_qs(urlsplit(reader.path).query)["name[]"])
-    part = engine.metrics_page(names)
-    assert not reader.lacks(part)
-    assert reader.read(part) == scrape
-    assert len(part) < len(whole)
 
 
 def test_sglangs_pool_is_counted_in_tokens() -> None:

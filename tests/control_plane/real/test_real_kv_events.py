@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import pytest
-from vllm_server import GENERATING, MODEL, VllmServer, eventually, free_port, instance_of
+from real_kv_cache import agreed, cached, settled, telling_flags
+from vllm_server import MODEL, VllmServer, eventually, instance_of
 
 from control_plane import ControlPlaneManager, RequestMetadata
 from control_plane.fleet import HealthSettings, PrefixSettings
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(400)]
 
-#: a CPU server's blocks have 128 tokens; few of them, so that it evicts
+#: a CPU server's, in tokens; few of them, so that it evicts
+BLOCK = 128
 BLOCKS = 64
 #: of the tiny model's vocabulary
 HIGHEST_ID = 250
@@ -27,14 +27,7 @@ HIGHEST_ID = 250
 @pytest.fixture(scope="module")
 def telling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     """A server that publishes what it caches."""
-    config = {
-        "enable_kv_cache_events": True,
-        "publisher": "zmq",
-        "endpoint": f"tcp://*:{free_port()}",
-        "replay_endpoint": f"tcp://*:{free_port()}",
-        "topic": "kv",
-    }
-    flags = (*GENERATING, "--kv-events-config", json.dumps(config), "--num-gpu-blocks-override", str(BLOCKS))
+    flags = telling_flags("--num-gpu-blocks-override", str(BLOCKS))
     server = VllmServer("telling", 1 % (os.cpu_count() or 1), Path(tmp_path_factory.mktemp("vllm")), flags)
     server.launch()
     try:
@@ -55,39 +48,49 @@ async def listening(telling: VllmServer) -> AsyncIterator[ControlPlaneManager]:
         yield manager
 
 
-async def settled(manager: ControlPlaneManager) -> None:
-    """All that the engine has published so far is in the index: a replay that was asked for now has ended."""
-    (feed,) = manager.kv_events.subscriptions
-    await eventually(lambda: not feed.order.asking)
-    feed.order.check()
-    await eventually(lambda: not feed.order.asking)
-    await asyncio.sleep(0.3)  # its publisher's thread takes a batch up to a tenth of a second after the step
-    feed.order.check()
-    await eventually(lambda: not feed.order.asking)
+def some(rng: Random, tokens: int) -> list[int]:
+    return [rng.randrange(5, HIGHEST_ID) for _ in range(tokens)]
 
 
-def cached(telling: VllmServer, ids: list[int]) -> int:
-    body = {"model": MODEL, "prompt": ids, "max_tokens": 1, "temperature": 0}
-    usage: dict[str, Any] = telling.ask("/v1/completions", body)["usage"]
-    return int((usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+async def agrees(manager: ControlPlaneManager, server: VllmServer, ids: list[int]) -> int:
+    """The prompt's blocks that the engine took from its cache, as the index said."""
+    return await agreed(manager, server, manager.get_instances()[0], ids) // BLOCK
 
 
-async def test_the_index_agrees_with_cached_tokens_block_by_block(listening: ControlPlaneManager, telling: VllmServer) -> None:
+async def test_of_a_prompt_that_returns_each_block_is_known(listening: ControlPlaneManager, telling: VllmServer) -> None:
+    rng = Random(3)
+    story = some(rng, 8 * BLOCK)
+    assert await agrees(listening, telling, story) == 0
+    assert listening.prefixes.block_tokens(listening.get_instances()[0]) == BLOCK
+    for blocks in range(9):
+        for tail in (1, BLOCK - 1):
+            assert await agrees(listening, telling, story[: blocks * BLOCK] + some(rng, tail)) == blocks
+        if blocks:  # its last token is to be computed, and with it its block
+            assert await agrees(listening, telling, story[: blocks * BLOCK]) == blocks - 1
+            assert await agrees(listening, telling, story[: blocks * BLOCK - 1]) == blocks - 1
+
+
+async def test_the_index_loses_the_blocks_that_the_engine_evicts(listening: ControlPlaneManager, telling: VllmServer) -> None:
+    """The more is computed after a prompt, the fewer of its blocks are left, from its end to its beginning."""
+    rng = Random(4)
+    left: list[int] = []
+    for others in (5, 8, 9, 10, 11, 12):
+        story = some(rng, 12 * BLOCK + 1)
+        await asyncio.to_thread(cached, telling, story)
+        for _ in range(others):
+            await asyncio.to_thread(cached, telling, some(rng, 6 * BLOCK + 1))
+        left.append(await agrees(listening, telling, story))
+    assert left == sorted(left, reverse=True)
+    assert (left[0], left[-1]) == (12, 0)
+    assert any(0 < blocks < 12 for blocks in left), left
+
+
+async def test_the_index_agrees_with_cached_tokens_whatever_is_asked(listening: ControlPlaneManager, telling: VllmServer) -> None:
     rng = Random(1)
-    instance = listening.get_instances()[0]
-    shared = [rng.randrange(5, HIGHEST_ID) for _ in range(640)]
-    prompts = [
-        shared[: rng.choice((0, 128, 384, 640))] + [rng.randrange(5, HIGHEST_ID) for _ in range(rng.randrange(50, 900))] for _ in range(24)
-    ]
-    for turn in range(3):
-        for ids in rng.sample(prompts, len(prompts)):
-            await settled(listening)
-            size = listening.prefixes.block_tokens(instance)
-            held = listening.prefixes.held_tokens(ids, instance)
-            # the last token is always computed, and with it its block
-            expected = min(held, (len(ids) - 1) // size * size) if size else 0
-            found = await asyncio.to_thread(cached, telling, ids)
-            assert found == expected, f"turn {turn}, {len(ids)} tokens: the index says {held}, the engine took {found}"
+    shared = some(rng, 5 * BLOCK)
+    prompts = [shared[: rng.choice((0, 1, 3, 5)) * BLOCK] + some(rng, rng.randrange(50, 900)) for _ in range(24)]
+    found = [await agrees(listening, telling, ids) for _ in range(2) for ids in rng.sample(prompts, len(prompts))]
+    assert len(set(found)) > 3
     report = listening.get_prefix_report()
     assert 0 < report.blocks < BLOCKS
     assert report.orphan_blocks == report.refused_blocks == 0
@@ -114,15 +117,14 @@ async def test_a_returning_text_is_learned_and_matched_exactly(listening: Contro
 
 async def test_a_restarted_server_begins_with_nothing(listening: ControlPlaneManager, telling: VllmServer) -> None:
     instance = listening.get_instances()[0]
-    ids = [7 + at % 200 for at in range(600)]
+    ids = some(Random(5), 5 * BLOCK + 1)
     await asyncio.to_thread(cached, telling, ids)
-    await settled(listening)
-    assert listening.prefixes.held_tokens(ids, instance) > 0
+    assert await agrees(listening, telling, ids) == 5
     telling.kill()
     telling.launch()
     await asyncio.to_thread(telling.wait_ready)
     await eventually(lambda: instance.is_usable, seconds=60.0)
     await eventually(lambda: listening.prefixes.held_tokens(ids, instance) == 0, seconds=30.0)
-    await asyncio.to_thread(cached, telling, ids)
-    await settled(listening)
-    await eventually(lambda: listening.prefixes.held_tokens(ids, instance) > 0)
+    assert await agrees(listening, telling, ids[: 3 * BLOCK + 1]) == 0
+    assert await agrees(listening, telling, ids) == 3
+    assert await agrees(listening, telling, ids) == 5

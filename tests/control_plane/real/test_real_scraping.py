@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import urllib.error
 import urllib.request
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from vllm_server import GENERATING, VllmServer, eventually, idle, instance_of
+from real_kv_cache import agreed, cached, telling_flags
+from vllm_server import VllmServer, eventually, idle, instance_of
 
-from control_plane import ControlPlaneManager, RequestMetadata
+from control_plane import ControlPlaneManager, ExecutionInstance, RequestMetadata
 from control_plane.fleet.load import load_of
-from control_plane.fleet.scraper import PageReader, parse_metrics
+from control_plane.fleet.scraper import parse_metrics
 from control_plane.fleet.series import find, samples
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
@@ -27,17 +28,9 @@ MakeManager = Callable[..., Awaitable[ControlPlaneManager]]
 STORY = "Once upon a time there was a small house at the end of a long road. " * 30
 
 
-def page_of(server: VllmServer, query: str = "") -> bytes:
-    with urllib.request.urlopen(f"{server.url}/metrics{query}", timeout=30) as answer:
+def page_of(server: VllmServer) -> bytes:
+    with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as answer:
         return bytes(answer.read())
-
-
-def ask(server: VllmServer, rank: int | None, prompt: str) -> None:
-    """Straight to the server, past the control plane."""
-    headers = {"content-type": "application/json"} | ({} if rank is None else {"X-data-parallel-rank": str(rank)})
-    body = json.dumps({"model": server.model, "prompt": prompt, "max_tokens": 2, "ignore_eos": True}).encode()
-    with urllib.request.urlopen(urllib.request.Request(f"{server.url}/v1/completions", body, headers), timeout=120) as answer:
-        assert answer.status == 200
 
 
 def test_a_real_page_is_read_as_by_the_client_librarys_parser(server: VllmServer) -> None:
@@ -50,17 +43,6 @@ def test_a_real_page_is_read_as_by_the_client_librarys_parser(server: VllmServer
         at = find(page, name.encode())
         assert [one.value for one in samples(page, name.encode(), at)] == values, name
     assert parse_metrics(page).missing == ()
-
-
-def test_it_gives_the_series_that_are_asked_for_by_name(server: VllmServer) -> None:
-    reader = PageReader()
-    whole = reader.read(page_of(server))
-    assert "name%5B%5D" in reader.path
-    part = page_of(server, reader.path.removeprefix("/metrics"))
-    assert not reader.lacks(part)
-    assert len(part) < 10_000
-    again = reader.read(part)
-    assert (again.kv_block_count, again.started_at, again.missing) == (whole.kv_block_count, whole.started_at, ())
 
 
 async def test_the_fleet_knows_what_a_server_keeps_running_and_waiting(make_manager: MakeManager, server: VllmServer) -> None:
@@ -100,7 +82,7 @@ async def test_another_clients_requests_are_others(make_manager: MakeManager, se
 def ranked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     """Each rank on a core, or both on the only one."""
     logs: Path = tmp_path_factory.mktemp("vllm_dp")
-    server = VllmServer("ranked", f"0|{1 % (os.cpu_count() or 1)}", logs, (*GENERATING, "--data-parallel-size", "2"))
+    server = VllmServer("ranked", f"0|{1 % (os.cpu_count() or 1)}", logs, telling_flags("--data-parallel-size", "2"))
     server.launch()
     try:
         server.wait_ready()
@@ -109,10 +91,18 @@ def ranked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
         server.kill()
 
 
-async def test_a_servers_ranks_are_targets_of_their_own(make_manager: MakeManager, ranked: VllmServer) -> None:
+async def over_ranks(make_manager: MakeManager, ranked: VllmServer) -> tuple[ControlPlaneManager, ExecutionInstance]:
+    """Both ranks were found and looked at."""
     instance = instance_of(ranked)
     manager = await make_manager(instance)
-    await eventually(lambda: len(instance.ranks) == 2, 30.0)
+    await eventually(lambda: len(instance.ranks) == 2 and all(rank.engine.at_s for rank in instance.ranks), 30.0)
+    return manager, instance
+
+
+async def test_a_servers_ranks_are_targets_of_their_own(make_manager: MakeManager, ranked: VllmServer) -> None:
+    """Also before they have run: until then its page tells no gauge of them (the first of the tests with this server)."""
+    assert b"vllm:num_requests_running{" not in page_of(ranked)
+    manager, instance = await over_ranks(make_manager, ranked)
     assert [one.instance_id for one in manager.fleet.instances()] == ["ranked@0", "ranked@1"]
     for rank in instance.ranks:
         assert rank.engine.kv_block_count
@@ -120,9 +110,7 @@ async def test_a_servers_ranks_are_targets_of_their_own(make_manager: MakeManage
 
 
 async def test_the_header_decides_the_rank_and_so_whose_cache_is_warm(make_manager: MakeManager, ranked: VllmServer) -> None:
-    instance = instance_of(ranked)
-    manager = await make_manager(instance)
-    await eventually(lambda: len(instance.ranks) == 2, 30.0)
+    manager, instance = await over_ranks(make_manager, ranked)
     queries = [rank.engine.prefix_cache_queries for rank in instance.ranks]
     hits = [rank.engine.prefix_cache_hits for rank in instance.ranks]
     for _ in range(3):
@@ -134,6 +122,21 @@ async def test_the_header_decides_the_rank_and_so_whose_cache_is_warm(make_manag
 
 
 def test_a_rank_that_is_not_there_is_refused_by_the_server(ranked: VllmServer) -> None:
-    ask(ranked, 1, "hello")
+    cached(ranked, [7, 8, 9], 1)
     with pytest.raises(urllib.error.HTTPError):
-        ask(ranked, 2, "hello")
+        cached(ranked, [7, 8, 9], 2)
+
+
+async def test_the_index_of_each_rank_agrees_with_its_cached_tokens(make_manager: MakeManager, ranked: VllmServer) -> None:
+    """What one rank has computed is in its cache only, and the index knows which of the two it was."""
+    manager, instance = await over_ranks(make_manager, ranked)
+    await eventually(lambda: len(manager.kv_events.subscriptions) == 2, 30.0)
+    first, second = instance.ranks
+    rng = Random(6)
+    story = [rng.randrange(5, 250) for _ in range(6 * 128 + 1)]
+    assert await agreed(manager, ranked, first, story[: 2 * 128 + 1]) == 0
+    assert await agreed(manager, ranked, second, story[: 4 * 128 + 1]) == 0
+    assert await agreed(manager, ranked, first, story) == 2 * 128
+    assert await agreed(manager, ranked, second, story) == 4 * 128
+    for rank in instance.ranks:
+        assert await agreed(manager, ranked, rank, story) == 6 * 128

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -132,10 +132,10 @@ class VllmServer:
 
     # ---- questions
 
-    def ask(self, path: str, body: dict[str, Any]) -> Any:
+    def ask(self, path: str, body: dict[str, Any], headers: Mapping[str, str] | None = None) -> Any:
         """One JSON request straight to the server."""
-        headers = {"content-type": "application/json"}
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), headers)
+        sent = {"content-type": "application/json", **(headers or {})}
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode(), sent)
         with urllib.request.urlopen(request, timeout=120) as answer:
             return json.load(answer)
 
