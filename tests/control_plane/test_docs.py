@@ -37,14 +37,19 @@ from control_plane.observability.events import WARNINGS
 from control_plane.observability.loop_lag import LoopLag
 from control_plane.observability.prometheus import PrometheusExporter, Readings
 from control_plane.policies import POLICIES
-from control_plane.router import ROUTERS
+from control_plane.router import ROUTERS, create_strategy
+from control_plane.router.adaptive import DISTRUST_ABOVE, LEAST_COMPARED, LOOK_EVERY, TRUST_BELOW
+from control_plane.router.affinity import HEAD_BYTES, LOAD_BOUND
+from control_plane.router.placement import MAX_HOLDERS, SAMPLE_ABOVE, SAMPLE_SIZE, TIE_SHARE
+from control_plane.router.ring import POINTS_PER_INSTANCE
 from control_plane.types import DecodingConfig, PDSeparationConfig, PrefillingConfig
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+ROUTER_PAGES = sorted((DOCS / "routers").glob("*.md"))
 PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md")])
 #: pages that a reader is led to from the README
-LINKED = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if path.name != "SEED.md")
+LINKED = sorted(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if path.name != "SEED.md" and path not in ROUTER_PAGES)
 
 
 def text_of(name: str) -> str:
@@ -92,6 +97,7 @@ def test_every_relative_link_leads_somewhere(path: Path) -> None:
 def test_the_seed_is_linked_from_nowhere_in_the_way_of_readers_and_all_other_pages_are() -> None:
     readme = text_of("README.md")
     assert [name for name in LINKED if f"docs/{name}" not in readme] == []
+    assert "(docs/routers)" in readme
 
 
 def test_every_policy_has_its_page_and_no_page_is_of_another() -> None:
@@ -230,6 +236,57 @@ def test_the_configuration_example_is_accepted(tmp_path: Path) -> None:
 def test_every_policy_and_strategy_is_named(page: str) -> None:
     text = text_of(page)
     assert [name for name in (*POLICIES, *ROUTERS) if f"`{name}`" not in text] == []
+
+
+# ---- routers
+
+
+ROUTER_SECTIONS = [
+    "Formula",
+    "Inputs",
+    "What it does not know",
+    "When to use it, and when not",
+    "How it behaves",
+    "Naming it and seeing why",
+]
+
+
+def test_every_router_has_a_page_that_the_routing_page_leads_to() -> None:
+    assert sorted(page.stem for page in ROUTER_PAGES) == sorted(ROUTERS)
+    assert [name for name in ROUTERS if f"| [`{name}`](routers/{name}.md) |" not in text_of("ROUTING.md")] == []
+
+
+@pytest.mark.parametrize("page", ROUTER_PAGES, ids=lambda page: page.stem)
+def test_a_routers_page_says_what_all_say(page: Path) -> None:
+    text, name = page.read_text(encoding="utf-8"), page.stem
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == ROUTER_SECTIONS
+    naming = section_of(text, f"## {ROUTER_SECTIONS[-1]}")
+    for way in (f"`routing_strategy: {name}`", f"`--routing-strategy {name}`", f'`ControlPlaneManager(routing_strategy="{name}")`'):
+        assert way in naming
+    waits = "ROUTING.md#waiting-for-an-instance" in section_of(text, "## How it behaves")
+    assert waits == create_strategy(name).weighs_waiting
+
+
+def test_what_the_routers_pages_say_of_figures_is_in_the_code() -> None:
+    """Constants of the code that stand as figures on the pages."""
+
+    def told(name: str) -> str:
+        return (DOCS / "routers" / f"{name}.md").read_text(encoding="utf-8")
+
+    assert f"⌈{LOAD_BOUND:g} ×" in told("affinity")
+    assert f"{POINTS_PER_INSTANCE} points" in told("affinity")
+    assert f"the first {HEAD_BYTES} bytes" in told("affinity")
+    assert f"the first {HEAD_BYTES} bytes" in told("locality")
+    assert f"within {TIE_SHARE:.0%}".replace("%", " %") in told("load_balanced")
+    assert f"at most {1 + TIE_SHARE:g} ×" in told("prefix_aware")
+    assert f"+ {TIE_SHARE:.0%}".replace("%", " %") in told("predicted_latency")
+    assert f"e < {DISTRUST_ABOVE:g}" in told("adaptive")
+    assert f"e < {TRUST_BELOW:g}" in told("adaptive")
+    assert f"Before {LEAST_COMPARED} requests" in told("adaptive")
+    assert f"every {LOOK_EVERY + 1}th" in told("adaptive")
+    assert f"the {SAMPLE_SIZE} that stand next" in told("round_robin")
+    sample = section_of(text_of("ROUTING.md"), "### A sample of many")
+    assert f"more than {SAMPLE_ABOVE} candidates most strategies compare {SAMPLE_SIZE} drawn at random and up to {MAX_HOLDERS}" in sample
 
 
 # ---- metrics, events, errors, paths
