@@ -307,7 +307,7 @@ class InstanceBook:
 
     def _look_ahead(self, others: float, context: float, now_s: float) -> None:
         """What the batch comes to if requests go on coming as usual: by Little's law tokens expected a second times the time of one. That
-        time grows with the batch; to follow that to where it ends makes more of the noise of rates than it gains (measured)."""
+        time grows with the batch, but following that to where it ends gains nothing (measured)."""
         crowd, steps = self._crowd / self.ranks, self.steps
         usual = self._usual = min(MOST_EXCESS, 0.001 * self._excess.rate(now_s) * crowd)
         due = self.tokens_due.rate(now_s) * crowd

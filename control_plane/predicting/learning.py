@@ -13,7 +13,7 @@ def first_token(flight: Flight, uncached_tokens: float, pairs: float, ttft_ms: f
     if book.compares(flight):
         ratio = steps.kind.ttft_ratio
         book.ttft_ratio.observe(ratio.value * flight.raw_ttft_ms, ttft_ms)
-        ratio.observe(flight.raw_ttft_ms, ttft_ms, steps.kind.members)
+        ratio.observe(flight.raw_ttft_ms, ttft_ms)
     kind = steps.kind
     parts = [0.0] * SIZE
     kind.add_prefill(parts, uncached_tokens, 1.0, flight.batch)
@@ -38,4 +38,4 @@ def decode(flight: Flight, tpot_ms: float) -> None:
         ratio = book.steps.kind.tpot_ratio
         beside_ms = tpot_ms - flight.plain_ms
         book.tpot_ratio.observe(ratio.value * flight.beside_ms, beside_ms)
-        ratio.observe(flight.beside_ms, beside_ms, book.steps.kind.members)
+        ratio.observe(flight.beside_ms, beside_ms)

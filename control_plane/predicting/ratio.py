@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-#: the ratio remembers some 300 requests of each engine, begins as if 20 had been as predicted, and is at most this or one over it
+#: the ratio remembers some 300 requests, begins as if 20 had been as predicted, and is at most this or one over it
 RATIO_MEMORY: Final = 300.0
 RATIO_PRIOR: Final = 20.0
 MOST_RATIO: Final = 3.0
@@ -25,11 +25,10 @@ class Ratio:
         self._observed = self._predicted = self._weight = 0.0
         self.value = 1.0
 
-    def observe(self, predicted: float, observed: float, engines: int) -> None:
-        """A request's, of one of so many ``engines`` that it is the ratio of."""
+    def observe(self, predicted: float, observed: float) -> None:
         if predicted <= 0.0 or not -math.inf < observed < math.inf:
             return
-        fade = 1.0 - 1.0 / (RATIO_MEMORY * max(1, engines))
+        fade = 1.0 - 1.0 / RATIO_MEMORY
         observed = min(10.0 * predicted, max(-10.0 * predicted, observed))
         self._observed = fade * self._observed + observed
         self._predicted = fade * self._predicted + predicted
