@@ -72,15 +72,15 @@ LARGE_RATES = ("0.8", "1.0", "1.2")
 LARGE_ARMS = 4
 RATES = ("0.5", "0.8", "1.0", "1.2", "1.5")
 SEEDS = 3
-DEFAULT = "predicted_latency"
+DEFAULT = "adaptive"
 POLICY = "adaptive"
 #: vLLM as it is behind a plain balancer: first come, first served, everything sent on at once to who has the fewest
 BASELINE = "baseline"
 ROUTERS = (
-    DEFAULT, "adaptive", "prefix_aware", "load_balanced", "affinity", "round_robin", "rival:lmetric", "rival:sticky", "rival:weighted",
+    DEFAULT, "prefix_aware", "load_balanced", "affinity", "round_robin", "rival:lmetric", "rival:sticky", "rival:weighted",
     "rival:dynamo", "rival:dynamo_softmax", "rival:preble", "rival:cache_aware", "rival:least_requests", BASELINE,
 )  # fmt: skip
-CLAIRVOYANTS = (DEFAULT, "prefix_aware")
+CLAIRVOYANTS = (DEFAULT,)
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class LatencyPredictor:
         self._clock = clock
         self._instances: dict[str, InstanceModel] = {}
         self._families: dict[FamilyKey, Family] = {}
-        self._sizes = RequestSizes()
+        self.sizes = RequestSizes()
         self._hits = HitShares()
         #: requests sent out, by model
         self._arrivals: dict[str, Arrivals] = {}
@@ -105,26 +105,26 @@ class LatencyPredictor:
 
     def input_tokens(self, request: RequestMetadata) -> int:
         """Prompt tokens: as told by ``request.input_tokens``, else counted (token ids), else bytes by the model's learned ratio."""
-        return self._sizes.input_tokens(request)
+        return self.sizes.input_tokens(request)
 
     def output_tokens(self, request: RequestMetadata) -> int:
         """Expected (mean) answer tokens, at most ``max_tokens``; 0 for kinds that generate nothing."""
-        found = self._sizes.lengths_of(request)
+        found = self.sizes.lengths_of(request)
         return 0 if found is None else within(found.mean, request.max_tokens)
 
     def output_tokens_p50(self, request: RequestMetadata) -> int:
         """The length that half of such answers stay below: who is short."""
-        found = self._sizes.lengths_of(request)
+        found = self.sizes.lengths_of(request)
         return 0 if found is None else within(found.p50, request.max_tokens)
 
     def output_tokens_p90(self, request: RequestMetadata) -> int:
         """The length that nine of ten such answers stay below, at most ``max_tokens``: how much memory to expect."""
-        found = self._sizes.lengths_of(request)
+        found = self.sizes.lengths_of(request)
         return 0 if found is None else within(found.p90, request.max_tokens)
 
     def remaining_tokens(self, request: RequestMetadata, streamed_tokens: int, q: float = 0.5) -> int:
         """The ``q``-quantile of the tokens still to come of an answer that has ``streamed_tokens`` already."""
-        found = self._sizes.lengths_of(request)
+        found = self.sizes.lengths_of(request)
         if found is None:
             return 0
         limit: int | None = request.max_tokens
@@ -207,7 +207,7 @@ class LatencyPredictor:
     def services_ms(self, request: RequestMetadata, instances: Sequence[ExecutionInstance]) -> list[float]:
         """Prefill and decode on each of them, without waiting and with nothing cached; the request's own figures are looked up once."""
         inputs = float(self.input_tokens(request))
-        lengths = self._sizes.lengths_of(request)
+        lengths = self.sizes.lengths_of(request)
         outputs = 0.0 if lengths is None else float(within(lengths.mean, request.max_tokens))
         pairs = 0.5 * inputs * inputs
         now_s = self._now_s()
@@ -235,14 +235,14 @@ class LatencyPredictor:
         cached = self._hits.expected(request.model_name or "", inputs, cached_tokens)
         model = self._model(instance)
         now_s = self._now_s()
-        lengths = self._sizes.lengths_of(request)
+        lengths = self.sizes.lengths_of(request)
         burst = self._burst(request, now_s)
         return self._forecast(model, instance, inputs, cached, lengths, request.max_tokens, burst, now_s, self._believed(model, now_s))
 
     def forecasts(self, request: RequestMetadata, instances: Sequence[ExecutionInstance], cached_tokens: Sequence[int]) -> list[Forecast]:
         """:meth:`forecast` for each of them, with what the prefix index says of each."""
         inputs = self.input_tokens(request)
-        lengths = self._sizes.lengths_of(request)
+        lengths = self.sizes.lengths_of(request)
         limit: int | None = request.max_tokens
         name: str = request.model_name or ""
         now_s = self._now_s()
@@ -364,7 +364,7 @@ class LatencyPredictor:
         if believed < 1.0:
             model.trials += 1
             book.sampled_s = now_s
-        lengths = self._sizes.lengths_of(request)
+        lengths = self.sizes.lengths_of(request)
         if lengths is not None:
             limit: int | None = fields.max_tokens
             flight.predicted_tokens = float(within(lengths.mean, limit))
@@ -410,7 +410,7 @@ class LatencyPredictor:
             if usage.completion_tokens:
                 if flight.length_p50 > 0.0:
                     self._length.observe(flight.length_p50, flight.length_p90, float(usage.completion_tokens))
-                self._sizes.observe_length(name, fields.tenant, flight.prompt_tokens, fields.max_tokens, usage.completion_tokens)
+                self.sizes.observe_length(name, fields.tenant, flight.prompt_tokens, fields.max_tokens, usage.completion_tokens)
         if flight.first_s > 0.0:
             ttft_ms = 1000.0 * (flight.first_s - flight.sent_s)
             if flight.predicted_ttft_ms > 0.0:
@@ -441,11 +441,11 @@ class LatencyPredictor:
 
     def observe_length(self, model: str, request: RequestMetadata, output_tokens: int) -> None:
         """An answer ended by itself or at ``max_tokens``; broken and cancelled ones tell nothing and are not to be given here."""
-        self._sizes.observe_length(model, request.tenant, self.input_tokens(request), request.max_tokens, output_tokens)
+        self.sizes.observe_length(model, request.tenant, self.input_tokens(request), request.max_tokens, output_tokens)
 
     def observe_bytes_per_token(self, model: str, prompt_bytes: int, tokens: int) -> None:
         """A prompt of that many bytes had ``tokens`` tokens as the engine counted."""
-        self._sizes.observe_prompt(model, prompt_bytes, tokens)
+        self.sizes.observe_prompt(model, prompt_bytes, tokens)
 
     def forget(self, instance_id: str) -> None:
         """Drop what was learned of an instance: it left, or came back as something else."""

@@ -23,11 +23,11 @@ NOT_GENERATIVE: Final = frozenset((RequestKind.EMBEDDING, RequestKind.RERANK, Re
 class RequestSizes:
     """Learned by model (bytes of a token), and by model, tenant, size and ``max_tokens`` (lengths of answers)."""
 
-    __slots__ = ("_bytes_per_token", "_lengths")
+    __slots__ = ("_bytes_per_token", "lengths")
 
     def __init__(self) -> None:
         self._bytes_per_token: dict[str, float] = {}
-        self._lengths = Lengths()
+        self.lengths = Lengths()
 
     def input_tokens(self, request: RequestMetadata) -> int:
         fields: RequestFields = request
@@ -51,10 +51,10 @@ class RequestSizes:
         kind = fields.kind
         if (kind is None and fields.input is not None) or (kind is not _CHAT and kind in NOT_GENERATIVE):
             return None
-        return self._lengths.of(fields.model_name or "", fields.tenant, self.input_tokens(request), fields.max_tokens)
+        return self.lengths.of(fields.model_name or "", fields.tenant, self.input_tokens(request), fields.max_tokens)
 
     def observe_length(self, model: str, tenant: str, prompt_tokens: int, max_tokens: int | None, output_tokens: int) -> None:
-        self._lengths.observe(model, tenant, prompt_tokens, max_tokens, output_tokens)
+        self.lengths.observe(model, tenant, prompt_tokens, max_tokens, output_tokens)
 
     def observe_prompt(self, model: str, prompt_bytes: int, tokens: int) -> None:
         """A prompt of that many bytes had ``tokens`` tokens as the engine counted."""

@@ -44,4 +44,4 @@ def _always(tokens: int) -> LengthClass:
 
 def know_lengths(predictor: LatencyPredictor) -> None:
     """From now on ``predictor`` takes limits for lengths."""
-    predictor._lengths = KnownLengths()
+    predictor.sizes.lengths = KnownLengths()
