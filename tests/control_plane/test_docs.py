@@ -279,7 +279,7 @@ def test_what_the_routers_pages_say_of_figures_is_in_the_code() -> None:
     assert f"the first {HEAD_BYTES} bytes" in told("locality")
     assert f"within {TIE_SHARE:.0%}".replace("%", " %") in told("load_balanced")
     assert f"at most {1 + TIE_SHARE:g} ×" in told("prefix_aware")
-    assert f"+ {TIE_SHARE:.0%}".replace("%", " %") in told("predicted_latency")
+    assert f"at most {TIE_SHARE:.0%}".replace("%", " %") in told("predicted_latency")
     assert f"e < {DISTRUST_ABOVE:g}" in told("adaptive")
     assert f"e < {TRUST_BELOW:g}" in told("adaptive")
     assert f"Before {LEAST_COMPARED} requests" in told("adaptive")
