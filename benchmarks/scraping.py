@@ -75,7 +75,10 @@ def over_socket() -> None:
 def main() -> None:
     print(f"{'page':<28}{'bytes':>8}{'how':>22}{'CPU us':>10}{f'share of a core at {FLEET}':>26}")
     for ranks in (1, 8):
-        page = SimEngine(data_parallel_size=ranks).metrics_page()
+        engine = SimEngine(data_parallel_size=ranks)
+        for rank in engine.ranks:
+            rank.metrics.step(0.02, 16, 512, 1)  # an engine that has not run tells less
+        page = engine.metrics_page()
         known = PageReader()
         known.read(page)
         text = page.decode()
