@@ -28,6 +28,7 @@ class ForeignStrategy(RoutingStrategy):
             )
         self.router = router
         self.name = getattr(router, "name", None) or type(router).__name__
+        self.weighs_waiting = bool(getattr(router, "weighs_waiting", False))
         self._takes_phase = callable(self._select) and accepts_phase(self._select)
 
     @property

@@ -56,7 +56,7 @@ def stream(world: World, name: str, home: str) -> asyncio.Task[None]:
     return asyncio.get_running_loop().create_task(read())
 
 
-async def full(make: Make, strategy: RoutingStrategy, *names: str) -> tuple[World, dict[str, ExecutionInstance], list[asyncio.Task[None]]]:
+async def full(make: Make, strategy: object, *names: str) -> tuple[World, dict[str, ExecutionInstance], list[asyncio.Task[None]]]:
     """``b`` (or the names given) has all that it may have ahead; ``a`` has nothing."""
     world = make("", routing_strategy=strategy, dispatch_ahead_ms=0.001)
     instances = {name: world.add(name) for name in ("a", "b")}
@@ -98,6 +98,21 @@ async def test_a_router_that_does_not_weigh_waiting_is_asked_about_those_with_ro
     await asyncio.sleep(0)
     assert strategy.asked == [("r0", ["a"])]
     assert ids(world.open_on("a")) == ["r0"]
+    end(tasks)
+
+
+async def test_an_object_that_is_no_subclass_of_ours_may_say_so_too(make: Make) -> None:
+    class Plain:
+        name = "plain"
+        weighs_waiting = True
+
+        def place(self, request: RequestMetadata, candidates: Sequence[ExecutionInstance], view: FleetView) -> str:
+            return str(request.prompt)
+
+    world, _, tasks = await full(make, Plain())
+    tasks.append(stream(world, "r0", "b"))
+    await asyncio.sleep(0)
+    assert (ids(world.open_on("a")), ids(world.open_on("b"))) == ([], ["b0", "b1"])
     end(tasks)
 
 
