@@ -191,7 +191,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
     workloads = {"poisson": compare_all.Kind("poisson:rate_rps=2,duration_s=120", compare_all.SLO, True)}
     monkeypatch.setattr(compare_all, "WORKLOADS", workloads)
     monkeypatch.setattr(compare_all.FindCapacity, "__call__", lambda self, part: (part, 8.0))
-    given = "--fleets 2xh100-llama3-8b --workloads poisson --rates 0.5,1.0 --arms predicted_latency,round_robin,baseline --seeds 2 --jobs 1"
+    given = "--fleets 2xh100-llama3-8b --workloads poisson --rates 0.5,1.0 --arms adaptive,round_robin,baseline --seeds 2 --jobs 1"
     folders = ["--out", str(tmp_path / "out"), "--page", str(tmp_path / "page.md")]
     return [*given.split(), "--duration-s", "20", "--clairvoyants", "load_balanced", *folders]
 
@@ -235,7 +235,7 @@ def test_all_arms_of_a_cell_have_the_same_arrivals_and_their_own_names(small: li
     ((_, file),) = compare_all.results_of(compare_all.matrix_of(options), tmp_path / "out").items()
     rows = file.rows()
     assert [one["routing_strategy"] for one in rows] == [
-        "predicted_latency", "round_robin", "baseline", "predicted_latency, KV events", "clairvoyant load_balanced",
+        "adaptive", "round_robin", "baseline", "adaptive, KV events", "clairvoyant load_balanced",
     ]  # fmt: skip
     assert len({one["requests"] for one in rows}) == 1
     assert [one["scheduling_policy"] for one in rows] == ["adaptive", "adaptive", "fifo", "adaptive", "adaptive"]
@@ -248,7 +248,7 @@ def test_a_page_has_the_arms_in_their_order_whoever_was_done_first(small: list[s
     lines = (tmp_path / "page.md").read_text().splitlines()
     table = lines[lines.index("#### poisson") :]
     arms = [line.split(" | ")[0].removeprefix("| ") for line in table if line.startswith("| ")][1:]
-    assert arms == ["predicted_latency", "round_robin", "baseline", "predicted_latency, KV events", "clairvoyant load_balanced"]
+    assert arms == ["adaptive", "round_robin", "baseline", "adaptive, KV events", "clairvoyant load_balanced"]
 
 
 def test_kv_events_are_for_workloads_that_share_beginnings() -> None:
@@ -284,7 +284,7 @@ def test_the_large_fleet_gets_the_best_arms_of_the_small_ones(small: list[str], 
     assert of["4xh100-llama3-8b"].capacity_rps == 16.0
     arms = [one["routing_strategy"] for one in of["4xh100-llama3-8b"].rows()]
     assert len(arms) == 2
-    assert "predicted_latency" in arms
+    assert "adaptive" in arms
 
 
 def test_a_page_that_cannot_be_written_is_told_of_before_anything_runs(
