@@ -1,7 +1,10 @@
 """What deciding costs: microseconds of one placement with its recorded candidates, for each router at 8, 64 and 1,000 instances, and
 of enqueue plus dequeue at 100,000 queued.
 
-    python benchmarks/decision.py [--rounds 7]
+    python benchmarks/decision.py [--rounds 7] [--blocks 1000000]
+
+``--blocks``: the routers that ask the prefix index are measured once more with an index of so many KV blocks told by events, on prompts of
+32 KB whose blocks are known, of which every instance holds the first 4 KB and one holds all; 0: not.
 
 Medians over the rounds, with the best and the worst; nothing else runs in the process. The goals are those of the hot path: one
 placement 10 µs at 8 instances, 50 at 64, 60 at 1,000 (where a router that compares all candidates samples); enqueue plus dequeue 8 µs.
@@ -12,13 +15,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from random import Random
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from prefix_index import Filled
 
 from control_plane.job import Job, LaneKey
 from control_plane.policies import POLICIES, create_policy, decide
-from control_plane.protocols import WireRequest
+from control_plane.protocols import PrefixMatches, WireRequest
 from control_plane.queue import RequestQueue
 from control_plane.queue_order import set_key
 from control_plane.router import ROUTERS, create_strategy
@@ -28,13 +37,14 @@ from control_plane.view import StaticView
 MODEL = "meta-llama/Llama-3-8B"
 GOALS_US = {8: 10.0, 64: 50.0, 1000: 60.0}
 QUEUED = 100_000
+ASK_THE_INDEX = ("prefix_aware", "predicted_latency", "adaptive")
 
 
 class IndexedView(StaticView):
     """As the fleet: an instance is found by its id at once."""
 
-    def __init__(self, instances: list[ExecutionInstance]) -> None:
-        super().__init__(instances)
+    def __init__(self, instances: list[ExecutionInstance], prefixes: PrefixMatches | None = None) -> None:
+        super().__init__(instances, prefixes=prefixes)
         self._by_id = {i.instance_id: i for i in instances}
 
     def get(self, instance_id: str) -> ExecutionInstance | None:
@@ -79,10 +89,16 @@ def rounds_us(count: int, per_round: int, run: Callable[[], None]) -> tuple[floa
     return statistics.median(found), min(found), max(found)
 
 
-def placements(router: str, n: int, rounds: int, asked: list[RequestMetadata], stage: int) -> tuple[float, float, float]:
+def placements(
+    router: str,
+    instances: list[ExecutionInstance],
+    rounds: int,
+    asked: list[RequestMetadata],
+    stage: int,
+    prefixes: PrefixMatches | None = None,
+) -> tuple[float, float, float]:
     """``stage`` 0: the placement alone; 1: with its decision; 2: and its candidates and reason written out, as when somebody looks."""
-    instances = fleet(n)
-    view, strategy = IndexedView(instances), create_strategy(router, Random(1))
+    view, strategy = IndexedView(instances, prefixes), create_strategy(router, Random(1))
 
     def run() -> None:
         for request in asked:
@@ -134,6 +150,7 @@ def queue_cost(policy_name: str, rounds: int, queued: int = QUEUED) -> tuple[flo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--blocks", type=int, default=1_000_000)
     options = parser.parse_args()
     asked = requests(500, Random(0))
     titles = ("one placement", "one placement and its decision", "the same, its candidates and reason written out")
@@ -142,8 +159,21 @@ def main() -> None:
         for router in ROUTERS:
             cells = []
             for n, goal in GOALS_US.items():
-                median, least, most = placements(router, n, options.rounds, asked, stage)
+                median, least, most = placements(router, fleet(n), options.rounds, asked, stage)
                 cells.append(f"{n:>5}: {median:6.1f} ({least:.1f}-{most:.1f}){'' if median <= goal else ' over ' + str(goal)}")
+            print(f"  {router:<20}" + "  ".join(cells))
+    if options.blocks:
+        print(f"one placement and its decision, {options.blocks} blocks indexed, prompts of 32 KB, µs: median (least-most)")
+        found: dict[str, list[str]] = {router: [] for router in ASK_THE_INDEX}
+        for n, goal in GOALS_US.items():
+            filled = Filled(n, options.blocks, exact=True)
+            rng = Random(n)
+            for instance in filled.instances:
+                instance.active_requests = rng.randrange(64)
+            for router, cells in found.items():
+                median, least, most = placements(router, filled.instances, options.rounds, filled.requests[:500], 1, filled.index)
+                cells.append(f"{n:>5}: {median:6.1f} ({least:.1f}-{most:.1f}){'' if median <= goal else ' over ' + str(goal)}")
+        for router, cells in found.items():
             print(f"  {router:<20}" + "  ".join(cells))
     print(f"enqueue plus dequeue with {QUEUED} queued, µs: median (least-most), goal 8")
     for policy in POLICIES:
