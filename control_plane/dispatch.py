@@ -34,12 +34,14 @@ from control_plane.types import (
     Leg,
     PDMetrics,
     RequestMetadata,
+    RequestPriority,
     RequestStatus,
     SchedulingDecision,
 )
 
 _SCHEDULED: Final = RequestStatus.SCHEDULED
 _GENERAL: Final = ExecutionInstanceType.GENERAL
+_NORMAL: Final = RequestPriority.NORMAL
 Launch = Callable[[Job, Leg], None]
 Fail = Callable[[Job, ControlPlaneError], None]
 #: requests of a lane that may wait for another instance while one has room
@@ -193,9 +195,12 @@ class Dispatcher:
                     self._pull_back_for(first)
 
     def _pull_back_for(self, job: Job) -> None:
-        """``job`` found no room: perhaps something that was sent ahead of it gives way."""
+        """``job`` found no room: perhaps something that was sent ahead of it gives way. For those above the usual class only: where most
+        requests are of a class above some others, all of them would push in, and what is sent ahead would have no bound."""
         lane = job.lane
-        if job.waits_for is not None or self._picks_next or self._places_itself or self._selects_async:
+        if job.request.priority >= _NORMAL or job.waits_for is not None:
+            return
+        if self._picks_next or self._places_itself or self._selects_async:
             return
         if self.queue.first(lane) is not job:
             return

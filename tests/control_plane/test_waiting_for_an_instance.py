@@ -14,6 +14,7 @@ from scripted_world import Make, World
 
 from control_plane import RequestMetadata
 from control_plane.dispatch import MOST_WAITING
+from control_plane.fleet.prefix.pieces import PIECE_BYTES
 from control_plane.protocols import FleetView
 from control_plane.router import create_strategy
 from control_plane.router.base import RoutingStrategy
@@ -23,7 +24,7 @@ from control_plane.types import ExecutionInstance
 
 
 class Home(RoutingStrategy):
-    """Where a request asks to be (its prompt is the instance's name), as long as less than ``patience_ms`` waits there."""
+    """Where a request asks to be (its prompt is made of the instance's name), as long as less than ``patience_ms`` waits there."""
 
     name = "home"
     weighs_waiting = True
@@ -35,7 +36,7 @@ class Home(RoutingStrategy):
     def place(self, request: RequestMetadata, candidates: Sequence[ExecutionInstance], view: FleetView) -> Placement:
         self.asked.append((request.request_id, [one.instance_id for one in candidates]))
         for instance in candidates:
-            if instance.instance_id == request.prompt and instance.awaited_ms < self.patience_ms:
+            if instance.instance_id == str(request.prompt)[0] and instance.awaited_ms < self.patience_ms:
                 return Placement(instance, 1.0)
         return Placement(candidates[0], 2.0)
 
@@ -50,7 +51,7 @@ def ids(calls: list[ScriptedCall]) -> list[str]:
 
 def stream(world: World, name: str, home: str) -> asyncio.Task[None]:
     async def read() -> None:
-        async for _ in world.manager.stream(RequestMetadata(request_id=name, prompt=home)):
+        async for _ in world.manager.stream(RequestMetadata(request_id=name, prompt=home * PIECE_BYTES)):
             pass
 
     return asyncio.get_running_loop().create_task(read())
@@ -107,7 +108,7 @@ async def test_an_object_that_is_no_subclass_of_ours_may_say_so_too(make: Make) 
         weighs_waiting = True
 
         def place(self, request: RequestMetadata, candidates: Sequence[ExecutionInstance], view: FleetView) -> str:
-            return str(request.prompt)
+            return str(request.prompt)[0]
 
     world, _, tasks = await full(make, Plain())
     tasks.append(stream(world, "r0", "b"))
@@ -125,6 +126,17 @@ async def test_what_waits_for_an_instance_counts_for_those_that_come_after(make:
     tasks.append(stream(world, "r1", "b"))
     await asyncio.sleep(0)
     assert (ids(world.open_on("a")), ids(world.open_on("b"))) == (["r1"], ["b0", "b1"])
+    end(tasks)
+
+
+async def test_who_holds_nothing_anywhere_waits_for_none(make: Make) -> None:
+    strategy = Home()
+    world, _, tasks = await full(make, strategy)
+    strategy.asked.clear()
+    tasks.append(stream(world, "new", "c"))
+    await asyncio.sleep(0)
+    assert strategy.asked == [("new", ["a"])]
+    assert ids(world.open_on("a")) == ["new"]
     end(tasks)
 
 
