@@ -14,6 +14,7 @@ from control_plane.fleet.ahead import takes_more
 from control_plane.fleet.health import HealthMonitor
 from control_plane.fleet.in_flight import count_in, count_out, role_has_room
 from control_plane.fleet.outliers import Failure, classify
+from control_plane.fleet.prefix.index import MAX_HOLDERS
 from control_plane.fleet.ranks import RankBook
 from control_plane.fleet.record import LAST_RESORT, Cause, Record
 from control_plane.fleet.selection import ModelIndex, pick, roomy, sample
@@ -26,8 +27,6 @@ from control_plane.roofline import profile as catalogued
 from control_plane.types import ExecutionInstance, HealthStatus, RequestKind, RequestMetadata
 from control_plane.view import NoPrefixes
 
-#: instances that may be waited for: so many that hold the prompt, those that hold most of it first
-MOST_HOLDERS: Final = 8
 _HEALTHY: Final = HealthStatus.HEALTHY
 _ANSWERS = (HealthStatus.HEALTHY, HealthStatus.DRAINING)
 
@@ -238,7 +237,7 @@ class Fleet:
         if len(roomy) == len(self._index.serving(lane.model)) or status.trials or status.suspects or status.busy or lane.avoid:
             return []
         found: list[ExecutionInstance] = []
-        for instance in self.prefixes.holders(request, MOST_HOLDERS):
+        for instance in self.prefixes.holders(request, MAX_HOLDERS):
             live: LiveState = instance
             if takes_more(live) or live.active_requests >= instance.concurrency_limit:
                 continue

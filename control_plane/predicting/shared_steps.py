@@ -179,15 +179,15 @@ class EngineSteps:
 
     # ---- learning
 
-    def learn(self, measured_ms: float, made_of: list[float], spread_ms: float = 0.0, *, speed: bool = True) -> None:
-        """As StepModel; ``made_of`` by its kind. ``speed``: it tells of the engine's speed, not of a wait that was maybe guessed wrong."""
+    def learn(self, measured_ms: float, made_of: list[float], spread_ms: float = 0.0) -> None:
+        """As StepModel; ``made_of`` by its kind."""
         kind, own = self.kind, self._own
         expected_ms, own_ms = kind.expected_ms(made_of), own.expected_ms(made_of)
         if expected_ms <= 0.0 or own_ms <= 0.0 or not 0.0 < measured_ms < 1e9:
             return
         self.samples += 1
         off = math.log(measured_ms / expected_ms)
-        if speed and self._changed(off - math.log(self.scale), measured_ms, made_of):
+        if self._changed(off - math.log(self.scale), measured_ms, made_of):
             return
         share = spread_ms / (0.1 * measured_ms)
         weight = 1.0 / (1.0 + share * share)

@@ -6,22 +6,9 @@ import asyncio
 
 import pytest
 from scripted_engine import ScriptedCall
-from scripted_world import Make, World
+from scripted_world import Make, World, ids, stream
 
-from control_plane import RequestMetadata
 from control_plane.pulling_back import BESIDE, MOST
-
-
-def stream(world: World, name: str, **fields: object) -> asyncio.Task[None]:
-    async def read() -> None:
-        async for _ in world.manager.stream(RequestMetadata(request_id=name, prompt="x", **fields)):  # type: ignore[arg-type]
-            pass
-
-    return asyncio.get_running_loop().create_task(read())
-
-
-def ids(calls: list[ScriptedCall]) -> list[str]:
-    return [call.request.request_id for call in calls]
 
 
 def call_of(world: World, name: str) -> ScriptedCall:

@@ -8,9 +8,9 @@ from itertools import pairwise
 
 import pytest
 from scripted_engine import ScriptedCall
-from scripted_world import Make, World
+from scripted_world import Make, ids, stream
 
-from control_plane import ControlPlaneManager, ExecutionInstance, RequestMetadata
+from control_plane import ControlPlaneManager, ExecutionInstance
 from control_plane.fleet.ahead import MOST_MS, READY, count_ahead, count_begun, heard_of, learn, takes_more
 from control_plane.simulator.fleet_spec import parse_fleet
 from control_plane.simulator.rows import row_of
@@ -70,18 +70,6 @@ def test_an_engine_that_says_that_nobody_waits_there_gets_more_once_each_time_it
     assert instance.dispatch_ahead_ms == 125.0
     assert heard_of(instance, 0, 6.0, 6.0) == 6.0
     assert instance.dispatch_ahead_ms == 125.0, "it has said nothing since"
-
-
-def stream(world: World, name: str, prompt: str = "x", **fields: object) -> asyncio.Task[None]:
-    async def read() -> None:
-        async for _ in world.manager.stream(RequestMetadata(request_id=name, prompt=prompt, **fields)):  # type: ignore[arg-type]
-            pass
-
-    return asyncio.get_running_loop().create_task(read())
-
-
-def ids(calls: list[ScriptedCall]) -> list[str]:
-    return [call.request.request_id for call in calls]
 
 
 async def test_a_first_token_makes_room_and_so_does_an_end_without_one(make: Make) -> None:

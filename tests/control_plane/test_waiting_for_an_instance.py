@@ -9,8 +9,7 @@ from random import Random
 import pytest
 from routing_world import World as Priced
 from routing_world import asking
-from scripted_engine import ScriptedCall
-from scripted_world import Make, World
+from scripted_world import Make, World, ids, stream
 
 from control_plane import RequestMetadata
 from control_plane.dispatch import MOST_WAITING
@@ -45,16 +44,8 @@ class Elsewhere(Home):
     weighs_waiting = False
 
 
-def ids(calls: list[ScriptedCall]) -> list[str]:
-    return [call.request.request_id for call in calls]
-
-
-def stream(world: World, name: str, home: str) -> asyncio.Task[None]:
-    async def read() -> None:
-        async for _ in world.manager.stream(RequestMetadata(request_id=name, prompt=home * PIECE_BYTES)):
-            pass
-
-    return asyncio.get_running_loop().create_task(read())
+def asks_for(world: World, name: str, home: str) -> asyncio.Task[None]:
+    return stream(world, name, home * PIECE_BYTES)
 
 
 async def full(make: Make, strategy: object, *names: str) -> tuple[World, dict[str, ExecutionInstance], list[asyncio.Task[None]]]:
@@ -62,7 +53,7 @@ async def full(make: Make, strategy: object, *names: str) -> tuple[World, dict[s
     world = make("", routing_strategy=strategy, dispatch_ahead_ms=0.001)
     instances = {name: world.add(name) for name in ("a", "b")}
     await world.manager.start()
-    tasks = [stream(world, f"{name}{n}", name) for name in names or ("b",) for n in range(2)]
+    tasks = [asks_for(world, f"{name}{n}", name) for name in names or ("b",) for n in range(2)]
     await asyncio.sleep(0)
     return world, instances, tasks
 
@@ -74,12 +65,12 @@ def end(tasks: list[asyncio.Task[None]]) -> None:
 
 async def test_it_waits_for_the_one_that_it_would_rather_have_and_gets_its_next_place(make: Make) -> None:
     world, instances, tasks = await full(make, Home())
-    tasks += [stream(world, "r0", "b"), stream(world, "r1", "b")]
+    tasks += [asks_for(world, "r0", "b"), asks_for(world, "r1", "b")]
     await asyncio.sleep(0)
     assert (ids(world.open_on("a")), ids(world.open_on("b"))) == ([], ["b0", "b1"])
     assert instances["b"].awaited_ms > 0.0
 
-    tasks.append(stream(world, "mine", "a"))
+    tasks.append(asks_for(world, "mine", "a"))
     await asyncio.sleep(0)
     assert ids(world.open_on("a")) == ["mine"], "who waits for another holds up nobody"
 
@@ -95,7 +86,7 @@ async def test_a_router_that_does_not_weigh_waiting_is_asked_about_those_with_ro
     strategy = Elsewhere()
     world, _, tasks = await full(make, strategy)
     strategy.asked.clear()
-    tasks.append(stream(world, "r0", "b"))
+    tasks.append(asks_for(world, "r0", "b"))
     await asyncio.sleep(0)
     assert strategy.asked == [("r0", ["a"])]
     assert ids(world.open_on("a")) == ["r0"]
@@ -111,7 +102,7 @@ async def test_an_object_that_is_no_subclass_of_ours_may_say_so_too(make: Make) 
             return str(request.prompt)[0]
 
     world, _, tasks = await full(make, Plain())
-    tasks.append(stream(world, "r0", "b"))
+    tasks.append(asks_for(world, "r0", "b"))
     await asyncio.sleep(0)
     assert (ids(world.open_on("a")), ids(world.open_on("b"))) == ([], ["b0", "b1"])
     end(tasks)
@@ -120,10 +111,10 @@ async def test_an_object_that_is_no_subclass_of_ours_may_say_so_too(make: Make) 
 async def test_what_waits_for_an_instance_counts_for_those_that_come_after(make: Make) -> None:
     strategy = Home()
     world, instances, tasks = await full(make, strategy)
-    tasks.append(stream(world, "r0", "b"))
+    tasks.append(asks_for(world, "r0", "b"))
     await asyncio.sleep(0)
     strategy.patience_ms = instances["b"].awaited_ms
-    tasks.append(stream(world, "r1", "b"))
+    tasks.append(asks_for(world, "r1", "b"))
     await asyncio.sleep(0)
     assert (ids(world.open_on("a")), ids(world.open_on("b"))) == (["r1"], ["b0", "b1"])
     end(tasks)
@@ -133,7 +124,7 @@ async def test_who_holds_nothing_anywhere_waits_for_none(make: Make) -> None:
     strategy = Home()
     world, _, tasks = await full(make, strategy)
     strategy.asked.clear()
-    tasks.append(stream(world, "new", "c"))
+    tasks.append(asks_for(world, "new", "c"))
     await asyncio.sleep(0)
     assert strategy.asked == [("new", ["a"])]
     assert ids(world.open_on("a")) == ["new"]
@@ -143,7 +134,7 @@ async def test_who_holds_nothing_anywhere_waits_for_none(make: Make) -> None:
 async def test_one_at_its_cap_is_not_waited_for(make: Make) -> None:
     world, instances, tasks = await full(make, Home())
     instances["b"].max_concurrent_requests = 2
-    tasks.append(stream(world, "r0", "b"))
+    tasks.append(asks_for(world, "r0", "b"))
     await asyncio.sleep(0)
     assert ids(world.open_on("a")) == ["r0"]
     end(tasks)
@@ -151,7 +142,7 @@ async def test_one_at_its_cap_is_not_waited_for(make: Make) -> None:
 
 async def test_no_engine_runs_dry_behind_many_that_wait_for_another(make: Make) -> None:
     world, _, tasks = await full(make, Home())
-    tasks += [stream(world, f"r{n}", "b") for n in range(MOST_WAITING + 4)]
+    tasks += [asks_for(world, f"r{n}", "b") for n in range(MOST_WAITING + 4)]
     await asyncio.sleep(0)
     assert ids(world.open_on("b")) == ["b0", "b1"]
     assert ids(world.open_on("a")) == ["r0"], "the first of them, and the others wait"
@@ -161,7 +152,7 @@ async def test_no_engine_runs_dry_behind_many_that_wait_for_another(make: Make) 
 async def test_it_is_decided_anew_when_something_changes(make: Make) -> None:
     strategy = Home()
     world, instances, tasks = await full(make, strategy, "b", "a")
-    tasks.append(stream(world, "r0", "b"))
+    tasks.append(asks_for(world, "r0", "b"))
     await asyncio.sleep(0)
     assert ids(world.open_on("a")) == ["a0", "a1"]
     strategy.patience_ms = 0.0
@@ -173,11 +164,11 @@ async def test_it_is_decided_anew_when_something_changes(make: Make) -> None:
 
 async def test_one_that_is_gone_is_not_waited_for_any_longer(make: Make) -> None:
     world, instances, tasks = await full(make, Home())
-    tasks.append(stream(world, "r0", "b"))
+    tasks.append(asks_for(world, "r0", "b"))
     await asyncio.sleep(0)
     assert ids(world.open_on("a")) == []
     instances["b"].is_available = False
-    tasks.append(stream(world, "r1", "a"))
+    tasks.append(asks_for(world, "r1", "a"))
     await asyncio.sleep(0)
     assert ids(world.open_on("a")) == ["r0", "r1"], "looked at when the next one came"
     end(tasks)

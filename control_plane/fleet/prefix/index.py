@@ -193,7 +193,11 @@ class PrefixIndex:
     def _tokens_on(self, request: RequestMetadata, slot: Slot) -> int:
         space = slot.space
         space.begin(request, self._version)
-        depth = space.depth(slot.bit)
+        return self._tokens_to(request, slot, space.depth(slot.bit))
+
+    def _tokens_to(self, request: RequestMetadata, slot: Slot, depth: int) -> int:
+        """Tokens of the matched request that the slot holds, of which it is known to hold the first ``depth`` pieces."""
+        space = slot.space
         return self._with_answer(request, slot, space.pieces[depth - 1], self._tokens_at(request, space, depth)) if depth else 0
 
     def _with_answer(self, request: RequestMetadata, slot: Slot, leaf: Any, tokens: int) -> int:
@@ -238,7 +242,7 @@ class PrefixIndex:
             return NOT_MATCHED
         space.begin(request, self._version)
         depth = space.depth(slot.bit)
-        tokens = self._tokens_on(request, slot) if instance.engine.prefix_caching is not False else 0
+        tokens = self._tokens_to(request, slot, depth) if instance.engine.prefix_caching is not False else 0
         kind = APPROXIMATE
         if space is not self._blind:
             known = space.exact_levels

@@ -30,13 +30,8 @@ TIGHT = ("--num-gpu-blocks-override", "17", "--max-num-seqs", "4", "--max-model-
 def tight_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     flags = ("--enable-prompt-tokens-details", *TIGHT)
     server = VllmServer("tight", (os.cpu_count() or 1) - 1, tmp_path_factory.mktemp("vllm"), flags)
-    server.launch()
-    try:
-        server.wait_ready()
-        server.warm_up()
+    with server.up():
         yield server
-    finally:
-        server.kill()
 
 
 @pytest.fixture

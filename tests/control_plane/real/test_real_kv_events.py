@@ -29,13 +29,8 @@ def telling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     """A server that publishes what it caches."""
     flags = telling_flags("--num-gpu-blocks-override", str(BLOCKS))
     server = VllmServer("telling", 1 % (os.cpu_count() or 1), Path(tmp_path_factory.mktemp("vllm")), flags)
-    server.launch()
-    try:
-        server.wait_ready()
-        server.warm_up()
+    with server.up():
         yield server
-    finally:
-        server.kill()
 
 
 @pytest.fixture

@@ -29,13 +29,8 @@ LEAST_URGENT_FIRST = ("background", "low", "normal", "background", "high", "crit
 def one_at_a_time(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     flags = (*GENERATING, "--scheduling-policy", "priority", "--max-num-seqs", "1")
     server = VllmServer("one_at_a_time", 1 % (os.cpu_count() or 1), Path(tmp_path_factory.mktemp("vllm_priority")), flags)
-    server.launch()
-    try:
-        server.wait_ready()
-        server.warm_up()
+    with server.up():
         yield server
-    finally:
-        server.kill()
 
 
 class Line:

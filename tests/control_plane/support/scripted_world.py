@@ -60,3 +60,17 @@ async def until(holds: Callable[[], object], timeout_s: float = 5.0) -> None:
     async with asyncio.timeout(timeout_s):
         while not holds():
             await asyncio.sleep(0.005)
+
+
+def ids(calls: list[ScriptedCall]) -> list[str]:
+    return [call.request.request_id for call in calls]
+
+
+def stream(world: World, name: str, prompt: str = "x", **fields: object) -> asyncio.Task[None]:
+    """A streamed request, read to its end."""
+
+    async def read() -> None:
+        async for _ in world.manager.stream(RequestMetadata(request_id=name, prompt=prompt, **fields)):  # type: ignore[arg-type]
+            pass
+
+    return asyncio.get_running_loop().create_task(read())

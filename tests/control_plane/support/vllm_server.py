@@ -10,8 +10,8 @@ import socket
 import subprocess
 import time
 import urllib.request
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,17 @@ class VllmServer:
         """Until the server's process has ended; what is left of its group is killed."""
         if self._process is not None:
             self._process.wait(60)
+            self.kill()
+
+    @contextmanager
+    def up(self) -> Iterator[None]:
+        """Launched and warm inside, killed after it."""
+        self.launch()
+        try:
+            self.wait_ready()
+            self.warm_up()
+            yield
+        finally:
             self.kill()
 
     def kill(self) -> None:
